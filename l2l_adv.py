@@ -1,0 +1,449 @@
+"""Improved Adversarial Training via Learned Optimizer (Xiong & Hsieh, ECCV 2020, arXiv 2004.12227), in one file.
+
+Adversarial training solves min_θ E max_x' L(f_θ(x'), y) over ‖x' − x‖∞ ≤ eps. PGD climbs the inner problem with
+hand-made steps; here a small recurrent network m_φ, the same for every pixel, learns to climb it while f_θ trains:
+
+    for each mini-batch (x, y):                                                      where
+      h_0 = 0, x'_0 = x + 0.001·N(0, I)                                              unroll
+      for t = 0 … T−1:
+        g_t = ∇_x' L(f_θ(x'_t), y)                                                   baselines.input_gradient
+        δ_t, h_{t+1} = m_φ(g_t, h_t)                                                 LearnedOptimizer.forward
+        x'_{t+1} = Π(x'_t + δ_t)                                                     baselines.project
+      φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t                              meta_objective, train_step_learned
+      θ descends L(f_θ(x'_T), y)                                                     descend
+
+RNN-Adv takes cross-entropy for L; RNN-TRADES takes KL(f(x) ‖ f(x')) inside and CE(f(x), y) + β·KL outside
+(baselines.AdvTrain, baselines.Trades). What was there before the paper is in baselines.py.
+
+    python l2l_adv.py train --method rnn-adv --dataset synthetic --model small --out runs/rnn-adv
+    python l2l_adv.py eval runs/*
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, eval_mode,
+                       evaluate, hold_out, input_gradient, load_dataset, pgd, progress, project, standard_attacks,
+                       start_point, to_unit)
+
+
+# ---- 1. The learned optimizer m_φ -----------------------------------------------------------------------------------
+
+def tanh(z):
+    """torch.tanh at a quarter of its cost: on CPUs the sigmoid is vectorised, tanh is not (measured on PyTorch 2.13)."""
+    return 2 * torch.sigmoid(2 * z) - 1
+
+
+class LearnedOptimizer(nn.Module):
+    """m_φ: (g_t, h_t) → (δ_t, h_{t+1}), one recurrent cell shared by all coordinates, one state per coordinate.
+
+    cell="lstm": 450 weights at hidden size 10; cell="rnn": the paper's 120 (10 + 100 + 10). No biases in either.
+    The paper leaves scaling open. Ours, chosen on MNIST: the input is g divided by the image's mean |g|, since gradients
+    shrink by orders of magnitude as the classifier grows sure; the output is tanh, so no step is longer than eps.
+    """
+
+    def __init__(self, hidden_size=10, cell="lstm"):
+        super().__init__()
+        if cell not in ("lstm", "rnn"):
+            raise InputError(f"unknown cell {cell!r}: choose lstm or rnn")
+        if hidden_size != int(hidden_size) or hidden_size < 1:
+            raise InputError(f"hidden_size must be a positive whole number, not {hidden_size}")
+        self.cell, self.hidden_size = cell, hidden_size
+        gates = 4 if cell == "lstm" else 1
+        bound = hidden_size ** -0.5  # as nn.LSTMCell
+        self.W = nn.Parameter(torch.empty(gates * hidden_size, 1 + hidden_size).uniform_(-bound, bound))  # [W_g | W_h]
+        self.W_out = nn.Parameter(torch.empty(1, hidden_size).uniform_(-0.1 * bound, 0.1 * bound))
+
+    def forward(self, g, state=None):
+        """g: gradients (B, …); state: what the last call returned, None for h_0 = 0.
+        Returns the update δ in units of eps, in (−1, 1), like g, and the next state, a tuple of (H, N) tensors."""
+        scale = g.abs().flatten(1).mean(1).clamp(min=torch.finfo(g.dtype).tiny)  # (B,)
+        u = (g / scale.view(-1, *[1] * (g.dim() - 1))).reshape(1, -1)  # (1, N), N = B·C·H·W coordinates
+        H = self.hidden_size
+        h, *c = state or (u.new_zeros(H, u.shape[1]),) * (2 if self.cell == "lstm" else 1)
+        # The hidden axis comes first: each gate is a block of whole rows, and the product is one (4H, 1+H) × (1+H, N).
+        z = self.W @ torch.cat([u, h])  # (4H, N) or (H, N)
+        if self.cell == "lstm":
+            z_ifo, z_c = z.split([3 * H, H])
+            i, f, o = torch.sigmoid(z_ifo).split(H)
+            c = f * c[0] + i * tanh(z_c)
+            h = o * tanh(c)
+            state = h, c
+        else:
+            h = tanh(z)
+            state = h,
+        return tanh(self.W_out @ h).reshape(g.shape), state
+
+
+# ---- 2. The learned inner maximiser, and the gradient of φ for free -------------------------------------------------
+
+@torch.no_grad()
+def unroll(model, optimizer, x, y, *, eps, steps, objective):
+    """T steps of the learned optimizer from a fresh state. Returns x'_0, [g_0 … g_{T−1}] and x'_T."""
+    with eval_mode(model):
+        target = objective.target(model, x, y)
+        x_0 = x_adv = start_point(x, eps)
+        state, gradients = None, []
+        for _ in range(steps):
+            g, _ = input_gradient(model, x_adv, objective, target)
+            delta, state = optimizer(g, state)
+            x_adv = project(x_adv + eps * delta, x, eps)
+            gradients.append(g)
+    return x_0, gradients, x_adv
+
+
+def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain()):
+    """The learned optimizer as an attack, a drop-in for pgd: `steps` gradients of `model`, none of its own.
+
+    x: (B, C, H, W) in [0, 1]; y: (B,); eps in [0, 1] pixel scale. Returns x' like x, within eps of it. Raises InputError.
+    """
+    check_images(x, y)
+    check_budget(eps, steps)
+    return unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)[2]
+
+
+def meta_objective(optimizer, x, x_0, gradients, eps):
+    """Σ_{t=1..T} w_t ⟨g_t, x'_t(φ)⟩, w_t = t, per image and over Σ w_t. gradients: g_0 … g_T, each (B, C, H, W).
+
+    The g_t are data to the optimizer (second derivatives are dropped), so by the chain rule
+        ∂/∂φ Σ_t w_t L(f(x'_t), y)  =  Σ_t w_t ⟨∇_x' L(f(x'_t), y), ∂x'_t/∂φ⟩  =  ∂/∂φ Σ_t w_t ⟨g_t, x'_t⟩.
+    Every g_t on the right has been computed already: the attack asked for it. So φ's gradient costs no pass through
+    the classifier, whose graph is never kept; only the cell is unrolled again, along the trajectory that was recorded.
+    """
+    x_adv, state, total = x_0, None, 0.0
+    for t in range(1, len(gradients)):
+        delta, state = optimizer(gradients[t - 1], state)
+        x_adv = project(x_adv + eps * delta, x, eps)
+        total = total + t * (gradients[t] * x_adv).sum()
+    return total / (len(x) * sum(range(len(gradients))))
+
+
+# ---- 3. One alternating update --------------------------------------------------------------------------------------
+
+def descend(model, theta, objective, x, x_adv, y):
+    """θ descends the outer loss at x', in the model's own mode. theta: θ's torch optimizer. Returns the loss."""
+    theta.zero_grad()
+    loss = objective.outer_loss(model, x, x_adv, y)
+    loss.backward()
+    theta.step()
+    return loss.detach()
+
+
+def train_step_pgd(model, theta, x, y, *, eps, step_size, steps, objective=AdvTrain(), line_search=False):
+    """PGD finds x', θ descends on it: AdvTrain or TRADES. Returns the outer loss, a scalar tensor."""
+    x_adv = pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective, line_search=line_search)
+    return descend(model, theta, objective, x, x_adv, y)
+
+
+def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, objective=AdvTrain(),
+                       meta_images=None):
+    """The learned optimizer finds x'; from the same unroll φ ascends and θ descends: RNN-Adv or RNN-TRADES.
+
+    theta, phi: torch optimizers of the weights of `model` and of `optimizer`. meta_images: estimate φ's gradient from so
+    many images of the batch, drawn at random (None: all); unbiased, and cheaper. Returns the outer loss, a scalar tensor.
+    """
+    check_images(x, y)
+    check_budget(eps, steps)
+    x_0, gradients, x_adv = unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)
+    loss = descend(model, theta, objective, x, x_adv.requires_grad_(), y)
+    # g_T comes with θ's own backward pass: the batch mean divides it by B, TRADES multiplies it by β. There batch norm
+    # uses the batch's statistics, within the attack the running ones; of the T gradients this one differs in that.
+    gradients.append(x_adv.grad * (len(x) / objective.beta))
+    phi.zero_grad()
+    some = torch.randperm(len(x), device=x.device)[:meta_images]
+    (-meta_objective(optimizer, x[some], x_0[some], [g[some] for g in gradients], eps)).backward()
+    nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
+    phi.step()
+    return loss
+
+
+# ---- 4. The training loop -------------------------------------------------------------------------------------------
+
+METHODS = {  # the paper's grid: an objective, and who maximises its inner loss
+    "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-bls": (AdvTrain, "line search"),
+    "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
+DEFAULTS = {  # of the settings that are left at None
+    "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3}, "mnist": {"model": "small", "eps": 0.3, "epochs": 5},
+    "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30}, "small": {"batch_size": 32, "lr": 0.02},
+    "vgg16": {"batch_size": 128, "lr": 0.05}, "resnet18": {"batch_size": 128, "lr": 0.1},
+    "wrn34": {"batch_size": 128, "lr": 0.1}}
+
+
+def size(text):
+    """A number, or a fraction such as 8/255."""
+    numerator, _, denominator = text.partition("/")
+    return float(numerator) / float(denominator or 1)
+
+
+def setting(default, kind, help, choices=None):
+    return field(default=default, metadata={"kind": kind, "help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """Everything that decides a run; `train --help` lists the same. Raises InputError for what makes no sense."""
+    out: str = setting(None, str, "folder of the run, made by it: last.pt, best.pt, log.jsonl; later eval.json")
+    method: str = setting("rnn-adv", str, "who plays against whom", METHODS)
+    dataset: str = setting("synthetic", str, "what is classified", DATASETS)
+    model: str = setting(None, str, "the classifier; default small, for cifar10 vgg16", MODELS)
+    data_dir: str = setting(None, str, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, then data/")
+    limit: int = setting(None, int, "train on so many images; default all but the 1,000 held out")
+    eps: float = setting(None, size, "radius of the attack in [0, 1] pixels, 8/255 or 0.031; default 8/255, mnist 0.3")
+    steps: int = setting(10, int, "T, the inner steps")
+    step_size: float = setting(None, size, "PGD's step; default eps/4, with line search its longest step, eps")
+    beta: float = setting(6.0, float, "weight of TRADES' robust term")
+    cell: str = setting("lstm", str, "the learned optimizer's recurrent cell", ("lstm", "rnn"))
+    hidden_size: int = setting(10, int, "its state per coordinate")
+    meta_lr: float = setting(0.01, float, "learning rate of φ (Adam)")
+    meta_images: int = setting(None, int, "images of each batch that φ learns from; default all")
+    epochs: int = setting(None, int, "passes over the training images; default 3, mnist 5, cifar10 30")
+    batch_size: int = setting(None, int, "images per step; default 32 for small, else 128")
+    lr: float = setting(None, float, "peak learning rate of θ (SGD); default 0.02 for small, else 0.1")
+    schedule: str = setting("one-cycle", str, "of θ's learning rate; piecewise is the classic one for 100 epochs",
+                            ("one-cycle", "piecewise"))
+    seed: int = setting(0, int, "of everything random")
+    device: str = setting("auto", str, "auto (cuda where there is one), cpu, cuda, cuda:1 …")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if value is None:
+                continue
+            if choices and value not in choices:
+                raise InputError(f"unknown {f.name} {value!r}: choose from {', '.join(choices)}")
+            if f.metadata["kind"] is not str and not (0 < value < math.inf or (f.name, value) == ("seed", 0)):
+                raise InputError(f"{f.name} must be above 0, not {value}")
+        if not self.out:
+            raise InputError("give the run a folder: --out runs/NAME")
+        for key in ("dataset", "model"):  # in this order: the data set may choose the model
+            for name, value in DEFAULTS[getattr(self, key)].items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+        if self.step_size is None:
+            self.step_size = self.eps if METHODS[self.method][1] == "line search" else self.eps / 4
+        check_budget(self.eps, self.steps, self.step_size)
+
+
+def pick_device(name):
+    """The torch device called `name`; "auto" is CUDA where there is one."""
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not cuda:
+        raise InputError("no CUDA device here: use --device cpu, or auto")
+    return device
+
+
+def learning_rate(peak, progress, schedule):
+    """one-cycle: up to the peak within the first third and down to 0; piecewise: a tenth at 3/4, a hundredth at 9/10."""
+    if schedule == "one-cycle":
+        return peak * min(3 * progress, 1.5 * (1 - progress))
+    return peak * (1 if progress < 0.75 else 0.1 if progress < 0.9 else 0.01)
+
+
+class Players(NamedTuple):
+    """Both players and the torch optimizers of their weights; the last two are None without a learned optimizer."""
+    model: nn.Module
+    theta: torch.optim.Optimizer
+    optimizer: LearnedOptimizer = None
+    phi: torch.optim.Optimizer = None
+
+
+def make_players(settings, x_train, device):
+    model = MODELS[settings.model](in_channels=x_train.shape[1])
+    model.normalize_like(x_train)
+    model.to(device, memory_format=torch.channels_last)
+    theta = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
+    if METHODS[settings.method][1] != "learned":
+        return Players(model, theta)
+    optimizer = LearnedOptimizer(settings.hidden_size, settings.cell).to(device)
+    return Players(model, theta, optimizer, torch.optim.Adam(optimizer.parameters(), settings.meta_lr))
+
+
+def train_step(players, settings, x, y):
+    """One update of settings.method on x, (B, C, H, W) in [0, 1], and y, (B,). Returns the outer loss."""
+    objective, maximiser = METHODS[settings.method]
+    objective = Trades(settings.beta) if objective is Trades else objective()
+    model, theta, optimizer, phi = players
+    if maximiser is None:
+        return descend(model, theta, objective, x, x, y)
+    if maximiser == "learned":
+        return train_step_learned(model, optimizer, theta, phi, x, y, eps=settings.eps, steps=settings.steps,
+                                  objective=objective, meta_images=settings.meta_images)
+    return train_step_pgd(model, theta, x, y, eps=settings.eps, step_size=settings.step_size, steps=settings.steps,
+                          objective=objective, line_search=maximiser == "line search")
+
+
+def train(settings):
+    """Train by settings.method; a row per epoch on stdout and, as JSON, in the run's folder. Returns the rows.
+
+    best.pt is chosen by accuracy under PGD-10 (for `plain`, natural accuracy) on held-out training images, never on
+    test images. Raises InputError before anything is written.
+    """
+    device, out = pick_device(settings.device), Path(settings.out)
+    if any((out / name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
+        raise InputError(f"{out} holds a run already: choose another --out, or delete it")
+    (x, y), held_out = hold_out(load_dataset(settings.dataset, settings.data_dir), settings.limit)
+    x, y, x_held_out, y_held_out = (tensor.to(device) for tensor in (x, y, to_unit(held_out[0]), held_out[1]))
+    torch.manual_seed(settings.seed)
+    players = make_players(settings, x, device)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{settings.method}, {settings.dataset} ({len(x)} images), {settings.model}, eps = {settings.eps * 255:g}/255, "
+          f"T = {settings.steps}, seed {settings.seed}, {device}\n{'epoch':>5} {'loss':>8} {'natural %':>10} "
+          f"{'pgd-10 %':>10} {'seconds':>8}    (accuracy on {len(y_held_out)} held-out images)", flush=True)
+    rows, best = [], -1.0
+    for epoch in range(settings.epochs):
+        start = time.time()
+        loss = train_epoch(players, settings, x, y, epoch)
+        held_out = evaluate(players.model, x_held_out, y_held_out,
+                            {"pgd-10": standard_attacks(settings.eps)["pgd-10"]}, label="held out:")
+        rows.append({"epoch": epoch + 1, "loss": loss, "natural": held_out["natural"], "pgd-10": held_out["pgd-10"],
+                     "seconds": round(time.time() - start, 1)})
+        print("{epoch:5} {loss:8.4f} {natural:10.2%} {pgd-10:10.2%} {seconds:8.1f}".replace("%", "").format(**rows[-1]))
+        score = held_out["natural" if settings.method == "plain" else "pgd-10"]
+        if score > best:
+            best = score
+            save(out / "best.pt", settings, players, rows[-1])
+        save(out / "last.pt", settings, players, rows[-1])
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps(rows[-1]) + "\n")
+    return rows
+
+
+def train_epoch(players, settings, x, y, epoch):
+    """One pass over uint8 images x and labels y on the device, in whole batches. Returns the mean outer loss."""
+    players.model.train()
+    batch_size = min(settings.batch_size, len(x))
+    steps, order, total = len(x) // batch_size, torch.randperm(len(x), device=x.device), 0.0
+    for step in progress(range(steps), f"epoch {epoch + 1}"):
+        batch = order[step * batch_size:(step + 1) * batch_size]
+        images = to_unit(augment(x[batch]) if settings.dataset == "cifar10" else x[batch])
+        for group in players.theta.param_groups:
+            group["lr"] = learning_rate(settings.lr, (epoch + step / steps) / settings.epochs, settings.schedule)
+        total = total + train_step(players, settings, images, y[batch])  # stays on the device: no sync within an epoch
+    return (total / steps).item()
+
+
+def save(path, settings, players, row):
+    """Write a checkpoint of tensors and plain values, beside its place first, so that no half one ever stands there."""
+    optimizer = players.optimizer and players.optimizer.state_dict()
+    torch.save({"state_dict": players.model.state_dict(), "learned_optimizer": optimizer,
+                "settings": asdict(settings), "held_out": row}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_run(path, which="best", device="cpu"):
+    """A run's folder (its `which`.pt, best or last) or a checkpoint file → (classifier, learned optimizer or None,
+    settings), both modules in eval mode. Only tensors and plain values are read. Raises InputError if it is neither."""
+    path = Path(path)
+    file = path / f"{which}.pt" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{path} is not a run: {file} is missing")
+    try:
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        settings, weights = Settings(**checkpoint["settings"]), checkpoint["state_dict"]
+        model = MODELS[settings.model](in_channels=weights["mean"].numel()).to(device, memory_format=torch.channels_last)
+        model.load_state_dict(weights)
+        optimizer = None
+        if checkpoint["learned_optimizer"]:
+            optimizer = LearnedOptimizer(settings.hidden_size, settings.cell).to(device)
+            optimizer.load_state_dict(checkpoint["learned_optimizer"])
+    except Exception as error:  # a foreign or damaged file can raise anything
+        raise InputError(f"{file} is not a checkpoint of l2l_adv, or is damaged "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})") from None
+    return model.eval(), optimizer and optimizer.eval(), settings
+
+
+def load_classifier(checkpoint):
+    """The classifier of a checkpoint file or run folder, for any attack library: an eval-mode module on the CPU that
+    takes images in [0, 1], (B, C, H, W), and returns logits."""
+    return load_run(checkpoint)[0]
+
+
+# ---- 5. The command line --------------------------------------------------------------------------------------------
+
+def evaluate_runs(args):
+    """A table on stdout, a row per run; the same numbers in each run's eval.json."""
+    device = pick_device(args.device)
+    runs = {folder: load_run(folder, args.checkpoint, device) for folder in args.runs}
+    settings = [run[2] for run in runs.values()]
+    for name in ("dataset", "eps"):
+        if len({getattr(s, name) for s in settings}) > 1 and not getattr(args, name, None):
+            raise InputError(f"these runs differ in {name}: evaluate them in separate tables")
+    eps = args.eps or settings[0].eps
+    check_budget(eps, 1)
+    data = load_dataset(settings[0].dataset, args.data_dir)
+    x, y = to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device)
+    columns = ["natural", "worst"] if args.worst_only else ["natural", *standard_attacks(eps), "learned-10", "worst"]
+    width = max(len(Path(folder).name) for folder in args.runs) + 2
+    print(f"{settings[0].dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, "
+          f"attack seed {args.seed}; accuracy in %\n{'run':{width}} {'model':9}" + "".join(f"{c:>11}" for c in columns))
+    for folder, (model, optimizer, s) in runs.items():
+        attacks = standard_attacks(eps)
+        if optimizer is not None:  # on cross-entropy whatever it was trained on: that is the stronger attack
+            attacks["learned-10"] = lambda model, x, y: learned_attack(model, optimizer, x, y, eps=eps, steps=10)
+        torch.manual_seed(args.seed)
+        accuracy = evaluate(model, x, y, attacks, args.batch_size, args.worst_only, label=Path(folder).name)
+        cells = (f"{100 * accuracy[c]:11.2f}" if c in accuracy else f"{'–':>11}" for c in columns)
+        print(f"{Path(folder).name:{width}} {s.model:9}" + "".join(cells), flush=True)
+        result = {"run": Path(folder).name, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps,
+                  "images": len(x), "checkpoint": args.checkpoint, "seed": args.seed, "accuracy": accuracy}
+        target = (Path(folder) if Path(folder).is_dir() else Path(folder).parent) / "eval.json"
+        Path(f"{target}.tmp").write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(f"{target}.tmp", target)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def main(argv=None):
+    parser = Parser(prog="l2l_adv.py", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("train", help="train one classifier by one method")
+    for f in fields(Settings):
+        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        default = "" if f.default is None else f"; default {f.default}"
+        sub.add_argument("--" + f.name.replace("_", "-"), type=f.metadata["kind"], default=f.default, metavar="…",
+                         help=f.metadata["help"] + choices + default)
+    sub = commands.add_parser("eval", help="one table, a row per run")
+    sub.add_argument("runs", nargs="+", help="run folders")
+    sub.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    sub.add_argument("--limit", type=positive, help="only the first so many test images")
+    sub.add_argument("--batch-size", type=positive, default=256)
+    sub.add_argument("--eps", type=size, help="default: the one trained with")
+    sub.add_argument("--worst-only", action="store_true", help="skip what is broken already: faster, only the last column")
+    sub.add_argument("--data-dir")
+    sub.add_argument("--device", default="auto")
+    sub.add_argument("--seed", type=int, default=0)
+    args = vars(parser.parse_args(argv))
+    try:
+        if args.pop("command") == "train":
+            train(Settings(**args))
+        else:
+            evaluate_runs(argparse.Namespace(**args))
+    except (InputError, OSError) as error:
+        print(f"l2l_adv.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
