@@ -17,6 +17,7 @@ eps and step sizes are in the same pixel scale, so CIFAR-10's usual radius is ep
 [4] Tsipras et al., Robustness May Be at Odds with Accuracy, ICLR 2019, arXiv 1805.12152
 """
 import gzip
+import math
 import os
 import pickle
 import sys
@@ -414,10 +415,11 @@ def read_idx(path, dims):
     """One file of MNIST's format: 0, 0, type 8 (uint8), number of dimensions, their sizes (big-endian), the values."""
     path = path if path.exists() else path.with_name(path.name + ".gz")
     raw = read_bytes(path)
-    shape = np.frombuffer(raw[4:4 + 4 * dims], ">i4")
-    if raw[:4] != bytes((0, 0, 8, dims)) or len(shape) != dims or len(raw) != 4 + 4 * dims + shape.prod():
+    header = 4 + 4 * dims
+    shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, header, 4)]
+    if raw[:4] != bytes((0, 0, 8, dims)) or len(raw) != header + math.prod(shape):
         raise InputError(f"{path} is not an idx file of {dims} dimension(s), or is truncated: fetch it again")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
 
 
 def read_mnist(folder):

@@ -172,8 +172,9 @@ METHODS = {  # the paper's grid: an objective, and who maximises its inner loss
     "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-bls": (AdvTrain, "line search"),
     "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
 DEFAULTS = {  # of the settings that are left at None
-    "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3}, "mnist": {"model": "small", "eps": 0.3, "epochs": 5},
-    "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30}, "small": {"batch_size": 32, "lr": 0.02},
+    "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3}, "mnist": {"model": "small", "eps": 0.3, "epochs": 5,
+                                                                 "eps_warmup": 0.5},
+    "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30}, "small": {"batch_size": 64, "lr": 0.02},
     "vgg16": {"batch_size": 128, "lr": 0.05}, "resnet18": {"batch_size": 128, "lr": 0.1},
     "wrn34": {"batch_size": 128, "lr": 0.1}}
 
@@ -181,6 +182,8 @@ DEFAULTS = {  # of the settings that are left at None
 def size(text):
     """A number, or a fraction such as 8/255."""
     numerator, _, denominator = text.partition("/")
+    if float(denominator or 1) == 0:
+        raise ValueError("division by zero")
     return float(numerator) / float(denominator or 1)
 
 
@@ -198,6 +201,7 @@ class Settings:
     data_dir: str = setting(None, str, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, then data/")
     limit: int = setting(None, int, "train on so many images; default all but the 1,000 held out")
     eps: float = setting(None, size, "radius of the attack in [0, 1] pixels, 8/255 or 0.031; default 8/255, mnist 0.3")
+    eps_warmup: float = setting(None, float, "share of the training in which eps grows from 0; default 0, mnist 0.5")
     steps: int = setting(10, int, "T, the inner steps")
     step_size: float = setting(None, size, "PGD's step; default eps/4, with line search its longest step, eps")
     beta: float = setting(6.0, float, "weight of TRADES' robust term")
@@ -206,7 +210,7 @@ class Settings:
     meta_lr: float = setting(0.01, float, "learning rate of φ (Adam)")
     meta_images: int = setting(None, int, "images of each batch that φ learns from; default all")
     epochs: int = setting(None, int, "passes over the training images; default 3, mnist 5, cifar10 30")
-    batch_size: int = setting(None, int, "images per step; default 32 for small, else 128")
+    batch_size: int = setting(None, int, "images per step; default 64 for small, else 128")
     lr: float = setting(None, float, "peak learning rate of θ (SGD); default 0.02 for small, else 0.1")
     schedule: str = setting("one-cycle", str, "of θ's learning rate; piecewise is the classic one for 100 epochs",
                             ("one-cycle", "piecewise"))
@@ -220,7 +224,8 @@ class Settings:
                 continue
             if choices and value not in choices:
                 raise InputError(f"unknown {f.name} {value!r}: choose from {', '.join(choices)}")
-            if f.metadata["kind"] is not str and not (0 < value < math.inf or (f.name, value) == ("seed", 0)):
+            if f.metadata["kind"] is not str and not (
+                    0 < value < math.inf or value == 0 and f.name in ("seed", "eps_warmup")):
                 raise InputError(f"{f.name} must be above 0, not {value}")
         if not self.out:
             raise InputError("give the run a folder: --out runs/NAME")
@@ -230,6 +235,7 @@ class Settings:
                     setattr(self, name, value)
         if self.step_size is None:
             self.step_size = self.eps if METHODS[self.method][1] == "line search" else self.eps / 4
+        self.eps_warmup = self.eps_warmup or 0.0
         check_budget(self.eps, self.steps, self.step_size)
 
 
@@ -271,18 +277,18 @@ def make_players(settings, x_train, device):
     return Players(model, theta, optimizer, torch.optim.Adam(optimizer.parameters(), settings.meta_lr))
 
 
-def train_step(players, settings, x, y):
-    """One update of settings.method on x, (B, C, H, W) in [0, 1], and y, (B,). Returns the outer loss."""
+def train_step(players, settings, x, y, strength=1.0):
+    """One update of settings.method, at `strength` of its eps, on x (B, C, H, W) and y (B,). Returns the outer loss."""
     objective, maximiser = METHODS[settings.method]
     objective = Trades(settings.beta) if objective is Trades else objective()
     model, theta, optimizer, phi = players
     if maximiser is None:
         return descend(model, theta, objective, x, x, y)
     if maximiser == "learned":
-        return train_step_learned(model, optimizer, theta, phi, x, y, eps=settings.eps, steps=settings.steps,
-                                  objective=objective, meta_images=settings.meta_images)
-    return train_step_pgd(model, theta, x, y, eps=settings.eps, step_size=settings.step_size, steps=settings.steps,
-                          objective=objective, line_search=maximiser == "line search")
+        return train_step_learned(model, optimizer, theta, phi, x, y, eps=strength * settings.eps,
+                                  steps=settings.steps, objective=objective, meta_images=settings.meta_images)
+    return train_step_pgd(model, theta, x, y, eps=strength * settings.eps, step_size=strength * settings.step_size,
+                          steps=settings.steps, objective=objective, line_search=maximiser == "line search")
 
 
 def train(settings):
@@ -329,9 +335,11 @@ def train_epoch(players, settings, x, y, epoch):
     for step in progress(range(steps), f"epoch {epoch + 1}"):
         batch = order[step * batch_size:(step + 1) * batch_size]
         images = to_unit(augment(x[batch]) if settings.dataset == "cifar10" else x[batch])
+        progress_made = (epoch + (step + 1) / steps) / settings.epochs
         for group in players.theta.param_groups:
-            group["lr"] = learning_rate(settings.lr, (epoch + step / steps) / settings.epochs, settings.schedule)
-        total = total + train_step(players, settings, images, y[batch])  # stays on the device: no sync within an epoch
+            group["lr"] = learning_rate(settings.lr, progress_made, settings.schedule)
+        strength = min(1.0, progress_made / settings.eps_warmup) if settings.eps_warmup else 1.0
+        total = total + train_step(players, settings, images, y[batch], strength)  # on the device: no sync
     return (total / steps).item()
 
 
@@ -351,7 +359,7 @@ def load_run(path, which="best", device="cpu"):
     if not file.is_file():
         raise InputError(f"{path} is not a run: {file} is missing")
     try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        checkpoint = dict(torch.load(file, map_location=device, weights_only=True))
         settings, weights = Settings(**checkpoint["settings"]), checkpoint["state_dict"]
         model = MODELS[settings.model](in_channels=weights["mean"].numel()).to(device, memory_format=torch.channels_last)
         model.load_state_dict(weights)
