@@ -377,13 +377,23 @@ def load_dataset(name, data_dir=None):
         raise InputError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
     if name == "synthetic":
         return synthetic()
-    variable = {"mnist": "MNIST_DIR", "cifar10": "CIFAR10_DIR"}[name]
-    root = Path(data_dir or os.environ.get(variable) or "data")
-    reader, marker, homes = DATASETS[name]
-    for folder in (root, *(root / home for home in homes)):
-        if any((folder / file).exists() for file in marker):
-            return reader(folder)
-    raise InputError(f"no {name} in {root}: give --data-dir, set {variable}, or put {marker[0]} into {root / homes[0]}")
+    folder = find_dataset(name, data_dir)
+    if folder is None:
+        root, (_, marker, homes) = data_root(name, data_dir), DATASETS[name]
+        raise InputError(f"no {name} in {root}: put {marker[0]} and its companions into {root / homes[0]}, or say where "
+                         f"they are by --data-dir or {name.upper()}_DIR; --dataset synthetic needs no files")
+    return DATASETS[name][0](folder)
+
+
+def data_root(name, data_dir=None):
+    return Path(data_dir or os.environ.get(f"{name.upper()}_DIR") or "data")
+
+
+def find_dataset(name, data_dir=None):
+    """The folder that holds the files of "mnist" or "cifar10", or None."""
+    root, (_, marker, homes) = data_root(name, data_dir), DATASETS[name]
+    folders = (root, *(root / home for home in homes))
+    return next((folder for folder in folders if any((folder / file).exists() for file in marker)), None)
 
 
 def synthetic(n_train=5000, n_test=1000, size=16):
