@@ -262,7 +262,7 @@ class Classifier(nn.Module):
 
     def normalize_like(self, x):
         """Take each channel's mean and standard deviation from uint8 images x (N, C, H, W)."""
-        x = x.transpose(0, 1).flatten(1).double() / 255  # (C, N·H·W)
+        x = to_unit(x.transpose(0, 1).flatten(1))  # (C, N·H·W)
         self.mean.copy_(x.mean(1).view_as(self.mean))
         self.std.copy_(x.std(1).clamp(min=1e-3).view_as(self.std))
 

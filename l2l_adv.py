@@ -25,6 +25,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +56,8 @@ class LearnedOptimizer(nn.Module):
         super().__init__()
         if cell not in ("lstm", "rnn"):
             raise InputError(f"unknown cell {cell!r}: choose lstm or rnn")
-        if hidden_size != int(hidden_size) or hidden_size < 1:
-            raise InputError(f"hidden_size must be a positive whole number, not {hidden_size}")
+        if not (isinstance(hidden_size, Integral) and hidden_size >= 1):
+            raise InputError(f"hidden_size must be a positive whole number, not {hidden_size!r}")
         self.cell, self.hidden_size = cell, hidden_size
         gates = 4 if cell == "lstm" else 1
         bound = hidden_size ** -0.5  # as nn.LSTMCell
@@ -171,12 +172,15 @@ def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, object
 METHODS = {  # the paper's grid: an objective, and who maximises its inner loss
     "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-bls": (AdvTrain, "line search"),
     "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
-DEFAULTS = {  # of the settings that are left at None
-    "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3}, "mnist": {"model": "small", "eps": 0.3, "epochs": 5,
-                                                                 "eps_warmup": 0.5},
-    "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30}, "small": {"batch_size": 64, "lr": 0.02},
-    "vgg16": {"batch_size": 128, "lr": 0.05}, "resnet18": {"batch_size": 128, "lr": 0.1},
-    "wrn34": {"batch_size": 128, "lr": 0.1}}
+DEFAULTS = {  # of the settings that are left at None: by data set, then by model
+    "synthetic": {"model": "small", "eps": 8 / 255, "eps_warmup": 0.0, "epochs": 3},
+    "mnist": {"model": "small", "eps": 0.3, "eps_warmup": 0.5, "epochs": 5},
+    "cifar10": {"model": "vgg16", "eps": 8 / 255, "eps_warmup": 0.0, "epochs": 30},
+    "small": {"batch_size": 64, "lr": 0.02}, "vgg16": {"batch_size": 128, "lr": 0.05},
+    "resnet18": {"batch_size": 128, "lr": 0.1}, "wrn34": {"batch_size": 128, "lr": 0.1}}
+
+
+MAY_BE_0 = ("seed", "eps_warmup")
 
 
 def size(text):
@@ -211,7 +215,7 @@ class Settings:
     meta_images: int = setting(None, int, "images of each batch that φ learns from; default all")
     epochs: int = setting(None, int, "passes over the training images; default 3, mnist 5, cifar10 30")
     batch_size: int = setting(None, int, "images per step; default 64 for small, else 128")
-    lr: float = setting(None, float, "peak learning rate of θ (SGD); default 0.02 for small, else 0.1")
+    lr: float = setting(None, float, "peak learning rate of θ (SGD); default 0.02 for small, 0.05 vgg16, else 0.1")
     schedule: str = setting("one-cycle", str, "of θ's learning rate; piecewise is the classic one for 100 epochs",
                             ("one-cycle", "piecewise"))
     seed: int = setting(0, int, "of everything random")
@@ -224,9 +228,9 @@ class Settings:
                 continue
             if choices and value not in choices:
                 raise InputError(f"unknown {f.name} {value!r}: choose from {', '.join(choices)}")
-            if f.metadata["kind"] is not str and not (
-                    0 < value < math.inf or value == 0 and f.name in ("seed", "eps_warmup")):
-                raise InputError(f"{f.name} must be above 0, not {value}")
+            kind = {str: None, int: Integral}.get(f.metadata["kind"], Real)
+            if kind and not (isinstance(value, kind) and (0 < value < math.inf or value == 0 and f.name in MAY_BE_0)):
+                raise InputError(f"{f.name} must be a {'whole ' * (kind is Integral)}number above 0, not {value!r}")
         if not self.out:
             raise InputError("give the run a folder: --out runs/NAME")
         for key in ("dataset", "model"):  # in this order: the data set may choose the model
@@ -235,20 +239,16 @@ class Settings:
                     setattr(self, name, value)
         if self.step_size is None:
             self.step_size = self.eps if METHODS[self.method][1] == "line search" else self.eps / 4
-        self.eps_warmup = self.eps_warmup or 0.0
         check_budget(self.eps, self.steps, self.step_size)
 
 
 def pick_device(name):
     """The torch device called `name`; "auto" is CUDA where there is one."""
-    cuda = torch.cuda.is_available()
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not cuda:
-        raise InputError("no CUDA device here: use --device cpu, or auto")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"no device {name!r} here: auto, cpu, cuda or cuda:N") from None
 
 
 def learning_rate(peak, progress, schedule):
@@ -259,7 +259,8 @@ def learning_rate(peak, progress, schedule):
 
 
 class Players(NamedTuple):
-    """Both players and the torch optimizers of their weights; the last two are None without a learned optimizer."""
+    """What the two play for, both players, and the torch optimizers of their weights."""
+    objective: AdvTrain
     model: nn.Module
     theta: torch.optim.Optimizer
     optimizer: LearnedOptimizer = None
@@ -267,28 +268,29 @@ class Players(NamedTuple):
 
 
 def make_players(settings, x_train, device):
+    objective, maximiser = METHODS[settings.method]
+    objective = Trades(settings.beta) if objective is Trades else objective()
     model = MODELS[settings.model](in_channels=x_train.shape[1])
     model.normalize_like(x_train)
     model.to(device, memory_format=torch.channels_last)
     theta = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
-    if METHODS[settings.method][1] != "learned":
-        return Players(model, theta)
+    if maximiser != "learned":
+        return Players(objective, model, theta)
     optimizer = LearnedOptimizer(settings.hidden_size, settings.cell).to(device)
-    return Players(model, theta, optimizer, torch.optim.Adam(optimizer.parameters(), settings.meta_lr))
+    return Players(objective, model, theta, optimizer, torch.optim.Adam(optimizer.parameters(), settings.meta_lr))
 
 
 def train_step(players, settings, x, y, strength=1.0):
     """One update of settings.method, at `strength` of its eps, on x (B, C, H, W) and y (B,). Returns the outer loss."""
-    objective, maximiser = METHODS[settings.method]
-    objective = Trades(settings.beta) if objective is Trades else objective()
-    model, theta, optimizer, phi = players
+    objective, model, theta, optimizer, phi = players
+    maximiser, eps = METHODS[settings.method][1], strength * settings.eps
     if maximiser is None:
         return descend(model, theta, objective, x, x, y)
     if maximiser == "learned":
-        return train_step_learned(model, optimizer, theta, phi, x, y, eps=strength * settings.eps,
-                                  steps=settings.steps, objective=objective, meta_images=settings.meta_images)
-    return train_step_pgd(model, theta, x, y, eps=strength * settings.eps, step_size=strength * settings.step_size,
-                          steps=settings.steps, objective=objective, line_search=maximiser == "line search")
+        return train_step_learned(model, optimizer, theta, phi, x, y, eps=eps, steps=settings.steps,
+                                  objective=objective, meta_images=settings.meta_images)
+    return train_step_pgd(model, theta, x, y, eps=eps, step_size=strength * settings.step_size, steps=settings.steps,
+                          objective=objective, line_search=maximiser == "line search")
 
 
 def train(settings):
@@ -300,30 +302,32 @@ def train(settings):
     device, out = pick_device(settings.device), Path(settings.out)
     if any((out / name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
         raise InputError(f"{out} holds a run already: choose another --out, or delete it")
-    (x, y), held_out = hold_out(load_dataset(settings.dataset, settings.data_dir), settings.limit)
-    x, y, x_held_out, y_held_out = (tensor.to(device) for tensor in (x, y, to_unit(held_out[0]), held_out[1]))
+    (x, y), (x_held_out, y_held_out) = hold_out(load_dataset(settings.dataset, settings.data_dir), settings.limit)
+    x, y, x_held_out, y_held_out = (tensor.to(device) for tensor in (x, y, to_unit(x_held_out), y_held_out))
     torch.manual_seed(settings.seed)
     players = make_players(settings, x, device)
     out.mkdir(parents=True, exist_ok=True)
     print(f"{settings.method}, {settings.dataset} ({len(x)} images), {settings.model}, eps = {settings.eps * 255:g}/255, "
-          f"T = {settings.steps}, seed {settings.seed}, {device}\n{'epoch':>5} {'loss':>8} {'natural %':>10} "
-          f"{'pgd-10 %':>10} {'seconds':>8}    (accuracy on {len(y_held_out)} held-out images)", flush=True)
+          f"T = {settings.steps}, seed {settings.seed}, {device}; accuracy in % on {len(x_held_out)} held-out images\n"
+          f"{'epoch':>5} {'loss':>9} {'natural':>9} {'pgd-10':>9} {'seconds':>9}", flush=True)
     rows, best = [], -1.0
     for epoch in range(settings.epochs):
         start = time.time()
         loss = train_epoch(players, settings, x, y, epoch)
-        held_out = evaluate(players.model, x_held_out, y_held_out,
+        accuracy = evaluate(players.model, x_held_out, y_held_out,
                             {"pgd-10": standard_attacks(settings.eps)["pgd-10"]}, label="held out:")
-        rows.append({"epoch": epoch + 1, "loss": loss, "natural": held_out["natural"], "pgd-10": held_out["pgd-10"],
-                     "seconds": round(time.time() - start, 1)})
-        print("{epoch:5} {loss:8.4f} {natural:10.2%} {pgd-10:10.2%} {seconds:8.1f}".replace("%", "").format(**rows[-1]))
-        score = held_out["natural" if settings.method == "plain" else "pgd-10"]
+        row = {"epoch": epoch + 1, "loss": loss, "natural": accuracy["natural"], "pgd-10": accuracy["pgd-10"],
+               "seconds": round(time.time() - start, 1)}
+        print(f"{epoch + 1:5} {loss:9.4f} {100 * row['natural']:9.2f} {100 * row['pgd-10']:9.2f} {row['seconds']:9.1f}",
+              flush=True)
+        score = row["natural" if settings.method == "plain" else "pgd-10"]
         if score > best:
             best = score
-            save(out / "best.pt", settings, players, rows[-1])
-        save(out / "last.pt", settings, players, rows[-1])
+            save(out / "best.pt", settings, players, row)
+        save(out / "last.pt", settings, players, row)
         with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(rows[-1]) + "\n")
+            log.write(json.dumps(row) + "\n")
+        rows.append(row)
     return rows
 
 
@@ -335,20 +339,30 @@ def train_epoch(players, settings, x, y, epoch):
     for step in progress(range(steps), f"epoch {epoch + 1}"):
         batch = order[step * batch_size:(step + 1) * batch_size]
         images = to_unit(augment(x[batch]) if settings.dataset == "cifar10" else x[batch])
-        progress_made = (epoch + (step + 1) / steps) / settings.epochs
+        done = (epoch + (step + 0.5) / steps) / settings.epochs  # of the whole training, in (0, 1)
         for group in players.theta.param_groups:
-            group["lr"] = learning_rate(settings.lr, progress_made, settings.schedule)
-        strength = min(1.0, progress_made / settings.eps_warmup) if settings.eps_warmup else 1.0
+            group["lr"] = learning_rate(settings.lr, done, settings.schedule)
+        strength = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
         total = total + train_step(players, settings, images, y[batch], strength)  # on the device: no sync
     return (total / steps).item()
 
 
 def save(path, settings, players, row):
-    """Write a checkpoint of tensors and plain values, beside its place first, so that no half one ever stands there."""
-    optimizer = players.optimizer and players.optimizer.state_dict()
-    torch.save({"state_dict": players.model.state_dict(), "learned_optimizer": optimizer,
-                "settings": asdict(settings), "held_out": row}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """Write a checkpoint: tensors and plain values, nothing that needs unpickling of code."""
+    checkpoint = {"state_dict": players.model.state_dict(),
+                  "learned_optimizer": players.optimizer and players.optimizer.state_dict(),
+                  "settings": asdict(settings), "held_out": row}
+    write_whole(path, lambda file: torch.save(checkpoint, file))
+
+
+def write_whole(path, write):
+    """write(file) beside `path`, then rename: no half-written file ever stands at `path`."""
+    beside = Path(f"{path}.tmp")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load_run(path, which="best", device="cpu"):
@@ -408,8 +422,7 @@ def evaluate_runs(args):
         result = {"run": Path(folder).name, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps,
                   "images": len(x), "checkpoint": args.checkpoint, "seed": args.seed, "accuracy": accuracy}
         target = (Path(folder) if Path(folder).is_dir() else Path(folder).parent) / "eval.json"
-        Path(f"{target}.tmp").write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(f"{target}.tmp", target)
+        write_whole(target, lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 class Parser(argparse.ArgumentParser):
