@@ -74,9 +74,8 @@ class LearnedOptimizer(nn.Module):
         # The hidden axis comes first: each gate is a block of whole rows, and the product is one (4H, 1+H) × (1+H, N).
         z = self.W @ torch.cat([u, h])  # (4H, N) or (H, N)
         if self.cell == "lstm":
-            z_ifo, z_c = z.split([3 * H, H])
-            i, f, o = torch.sigmoid(z_ifo).split(H)
-            c = f * c[0] + i * tanh(z_c)
+            i, f, o, candidate = torch.sigmoid(z).split(H)  # one call for all four: the candidate's tanh(z) is
+            c = f * c[0] + i * (2 * candidate - 1)  # 2σ(2z) − 1, and its rows of W hold the 2 inside
             h = o * tanh(c)
             state = h, c
         else:
