@@ -381,8 +381,8 @@ def load_run(path, which="best", device="cpu"):
             optimizer = LearnedOptimizer(settings.hidden_size, settings.cell).to(device)
             optimizer.load_state_dict(checkpoint["learned_optimizer"])
     except Exception as error:  # a foreign or damaged file can raise anything
-        raise InputError(f"{file} is not a checkpoint of l2l_adv, or is damaged "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        raise InputError(f"{file} is not a checkpoint of l2l_adv, or is damaged ({reason})") from None
     return model.eval(), optimizer and optimizer.eval(), settings
 
 
@@ -399,10 +399,10 @@ def evaluate_runs(args):
     device = pick_device(args.device)
     runs = {folder: load_run(folder, args.checkpoint, device) for folder in args.runs}
     settings = [run[2] for run in runs.values()]
-    for name in ("dataset", "eps"):
-        if len({getattr(s, name) for s in settings}) > 1 and not getattr(args, name, None):
+    for name in ["dataset"] + ["eps"] * (args.eps is None):
+        if len({getattr(s, name) for s in settings}) > 1:
             raise InputError(f"these runs differ in {name}: evaluate them in separate tables")
-    eps = args.eps or settings[0].eps
+    eps = settings[0].eps if args.eps is None else args.eps
     check_budget(eps, 1)
     data = load_dataset(settings[0].dataset, args.data_dir)
     x, y = to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device)

@@ -806,7 +806,10 @@ def test_eval_refuses_runs_that_do_not_belong_in_one_table(tiny, capsys):
     main([*tiny, "--out", "a"])
     main([*tiny, "--eps", "4/255", "--out", "b"])
     assert main(["eval", "a", "b", "--limit", "2"]) == 2 and "differ in eps" in capsys.readouterr().err
+    assert main(["eval", "a", "--eps", "0"]) == 2 and "eps must be" in capsys.readouterr().err
     assert main(["eval", "a", "b", "--limit", "2", "--eps", "2/255", "--worst-only"]) is None
+    rows = capsys.readouterr().out.splitlines()
+    assert "eps = 2/255" in rows[0] and rows[1].split() == ["run", "model", "natural", "worst"] and len(rows) == 4
 
 
 # ---- What the README shows -------------------------------------------------------------------------------------------
