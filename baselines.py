@@ -22,6 +22,7 @@ import os
 import pickle
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -53,14 +54,14 @@ def start_point(x, eps, start="gaussian"):
 
 
 def check_images(x, y):
-    """Raise InputError unless x is a batch of images (B, C, H, W) in [0, 1] and y its labels (B,)."""
+    """Raise InputError unless x is a batch of images (B, C, H, W) in [0, 1] and y their classes, int64 (B,)."""
     if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
         raise InputError(f"images must be a float tensor (B, C, H, W), not {x.dtype} {tuple(x.shape)}")
     if not (x.min() >= 0 and x.max() <= 1):
         raise InputError(f"images must lie in [0, 1] but reach from {x.min():.3g} to {x.max():.3g}: "
                          "divide by 255, and normalise inside the model")
-    if y.shape != x.shape[:1]:
-        raise InputError(f"labels must have shape ({len(x)},), one per image, not {tuple(y.shape)}")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64 or y.min() < 0:
+        raise InputError(f"labels must be {len(x)} class numbers, one per image: int64, not {y.dtype} {tuple(y.shape)}")
 
 
 def check_budget(eps, steps, step_size=1.0):
@@ -76,9 +77,10 @@ def check_budget(eps, steps, step_size=1.0):
 # ---- 2. Objectives: θ descends the outer loss, x' ascends the inner one; any inner maximiser works with any of them 
 
 class AdvTrain:
-    """min_θ max_x' CE(f(x'), y)  [1]."""
+    """min_θ max_x' CE(f(x'), y)  [1]. An objective of your own keeps to one rule: in x', the outer loss is beta times
+    the batch mean of the inner one (the learned optimizer takes its last gradient from the outer loss)."""
 
-    beta = 1.0  # weight of the inner loss within the outer loss
+    beta = 1.0
 
     def target(self, model, x, y):
         """What the inner loss is measured against, computed once per batch: the labels, (B,)."""
@@ -118,12 +120,15 @@ class Trades(AdvTrain):
 
 
 class Margin(AdvTrain):
-    """The inner loss of [3]: best wrong logit minus the true one, (B,). Does not saturate as cross-entropy does."""
+    """The loss of [3]: best wrong logit minus the true one. Does not saturate as cross-entropy does."""
 
     def inner_loss(self, logits, target):
         true = logits.gather(1, target[:, None])[:, 0]
         wrong = logits.scatter(1, target[:, None], float("-inf")).amax(1)
         return wrong - true
+
+    def outer_loss(self, model, x, x_adv, y):
+        return self.inner_loss(model(x_adv), y).mean()
 
 
 # ---- 3. Attacks: the hand-made inner maximisers ---------------------------------------------------------------------
@@ -210,25 +215,28 @@ def evaluate(model, x, y, attacks, batch_size=256, worst_only=False, label=""):
     worst_only: an image once broken is not attacked again, and only "natural" and "worst" are returned.
     """
     check_images(x, y)
-    natural = correct(model, x, y, None, batch_size, label + " natural")
-    accuracy, survives = {"natural": natural.float().mean().item()}, natural
+    survives = correct(model, x, y, None, batch_size, f"{label} natural")
+    accuracy = {"natural": survives.double().mean().item()}
     for name, attack in attacks.items():
         tried = survives if worst_only else torch.ones_like(survives)
         right = torch.zeros_like(survives)
         right[tried] = correct(model, x[tried], y[tried], attack, batch_size, f"{label} {name}")
-        accuracy[name] = right.float().mean().item()
         survives = survives & right
-    worst = {"worst": survives.float().mean().item()}
-    return {"natural": accuracy["natural"], **worst} if worst_only else {**accuracy, **worst}
+        if not worst_only:
+            accuracy[name] = right.double().mean().item()
+    return {**accuracy, "worst": survives.double().mean().item()}
 
 
 def correct(model, x, y, attack, batch_size, label=""):
-    """Which images (N,) the model gets right after `attack` (None: as they are)."""
+    """Which images (N,) the model gets right after `attack` (None: as they are). An attack that returns anything but
+    images in [0, 1] is refused: NaN would pass for a perfect attack."""
     right = torch.zeros_like(y, dtype=torch.bool)
     with eval_mode(model):
         for i in progress(range(0, len(x), batch_size), label):
             xb, yb = x[i:i + batch_size], y[i:i + batch_size]
             x_adv = xb if attack is None else attack(model, xb, yb)
+            if x_adv.shape != xb.shape or not (x_adv.min() >= 0 and x_adv.max() <= 1):
+                raise InputError(f"the attack{label} returned something other than images in [0, 1]")
             with torch.no_grad():
                 right[i:i + batch_size] = model(x_adv).argmax(1) == yb
     return right
@@ -396,10 +404,10 @@ def find_dataset(name, data_dir=None):
     return next((folder for folder in folders if any((folder / file).exists() for file in marker)), None)
 
 
-def synthetic(n_train=5000, n_test=1000, size=16):
+def synthetic(n_train=4000, n_test=1000, size=16):
     """Small colour images with two patterns per class, after [4]. A coarse one (4×4 blocks) survives eps = 8/255 but
-    is that of a wrong class once in ten images; a fine one (single pixels, amplitude 4/255) is always right, and an
-    attack of 8/255 turns it into any other. So a plain model leans on the fine one, and falls."""
+    is drawn from all classes once in ten images; a fine one (single pixels, amplitude 6/255) is always right, but
+    weaker than the attack. So a plain model leans on the fine one, and falls."""
     rng = np.random.default_rng(0)
     coarse = rng.choice([-1.0, 1.0], (10, 3, size // 4, size // 4)).repeat(4, 2).repeat(4, 3)  # (10, 3, size, size)
     fine = np.tile(rng.choice([-1.0, 1.0], (10, 3, 4, 4)), (1, 1, size // 4, size // 4))
@@ -417,7 +425,7 @@ def read_bytes(path):
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             return file.read()
-    except (OSError, EOFError, gzip.zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
@@ -498,7 +506,7 @@ def check_records(x, y, path):
     if len(x) != len(y) or len(x) == 0:
         raise InputError(f"{path} holds {len(x)} images but {len(y)} labels")
     if y.min() < 0 or y.max() > 9:
-        raise InputError(f"{path} holds a label {y.max() if y.max() > 9 else y.min()}, outside 0 … 9: it is damaged")
+        raise InputError(f"{path} holds a label {y.max() if y.max() > 9 else y.min()}, outside 0 to 9: it is damaged")
     return x, y
 
 

@@ -40,7 +40,7 @@ from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, 
 # ---- 1. The learned optimizer m_φ -----------------------------------------------------------------------------------
 
 def tanh(z):
-    """torch.tanh at a quarter of its cost: on CPUs the sigmoid is vectorised, tanh is not (measured on PyTorch 2.13)."""
+    """torch.tanh at less than half its cost on a CPU, where the sigmoid is vectorised (measured with PyTorch 2.13)."""
     return 2 * torch.sigmoid(2 * z) - 1
 
 
@@ -60,35 +60,32 @@ class LearnedOptimizer(nn.Module):
             raise InputError(f"hidden_size must be a positive whole number, not {hidden_size!r}")
         self.cell, self.hidden_size = cell, hidden_size
         gates = 4 if cell == "lstm" else 1
-        bound = hidden_size ** -0.5  # as nn.LSTMCell
+        bound = hidden_size ** -0.5
         self.W = nn.Parameter(torch.empty(gates * hidden_size, 1 + hidden_size).uniform_(-bound, bound))  # [W_g | W_h]
         self.W_out = nn.Parameter(torch.empty(1, hidden_size).uniform_(-0.1 * bound, 0.1 * bound))
 
     def forward(self, g, state=None):
-        """g: gradients (B, …); state: what the last call returned, None for h_0 = 0.
-        Returns the update δ in units of eps, in (−1, 1), like g, and the next state, a tuple of (H, N) tensors."""
+        """g: gradients (B, C, H, W); state: what the last call returned, None for h_0 = 0.
+        Returns the update δ in units of eps, in (−1, 1), like g, and the next state (h, c)."""
         scale = g.abs().flatten(1).mean(1).clamp(min=torch.finfo(g.dtype).tiny)  # (B,)
         u = (g / scale.view(-1, *[1] * (g.dim() - 1))).reshape(1, -1)  # (1, N), N = B·C·H·W coordinates
-        H = self.hidden_size
-        h, *c = state or (u.new_zeros(H, u.shape[1]),) * (2 if self.cell == "lstm" else 1)
+        h, c = state or [u.new_zeros(self.hidden_size, u.shape[1])] * 2  # (H, N) each
         # The hidden axis comes first: each gate is a block of whole rows, and the product is one (4H, 1+H) × (1+H, N).
-        z = self.W @ torch.cat([u, h])  # (4H, N) or (H, N)
-        if self.cell == "lstm":
-            i, f, o, candidate = torch.sigmoid(z).split(H)  # one call for all four: the candidate's tanh(z) is
-            c = f * c[0] + i * (2 * candidate - 1)  # 2σ(2z) − 1, and its rows of W hold the 2 inside
-            h = o * tanh(c)
-            state = h, c
-        else:
+        z = self.W @ torch.cat([u, h])  # (4H, N); (H, N) in the RNN, which leaves c alone
+        if self.cell == "rnn":
             h = tanh(z)
-            state = h,
-        return tanh(self.W_out @ h).reshape(g.shape), state
+        else:
+            i, f, o, candidate = torch.sigmoid(z).split(self.hidden_size)  # (H, N) each. One call for all four: the
+            c = f * c + i * (2 * candidate - 1)  # candidate's tanh(z) is 2σ(2z) − 1, and its rows of W hold the inner 2
+            h = o * tanh(c)
+        return tanh(self.W_out @ h).reshape(g.shape), (h, c)
 
 
 # ---- 2. The learned inner maximiser, and the gradient of φ for free -------------------------------------------------
 
 @torch.no_grad()
 def unroll(model, optimizer, x, y, *, eps, steps, objective):
-    """T steps of the learned optimizer from a fresh state. Returns x'_0, [g_0 … g_{T−1}] and x'_T."""
+    """T steps of the learned optimizer from a fresh state. Returns x'_0, [g_0 … g_{T−1}] and x'_T, each (B, C, H, W)."""
     with eval_mode(model):
         target = objective.target(model, x, y)
         x_0 = x_adv = start_point(x, eps)
@@ -106,6 +103,8 @@ def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(
 
     x: (B, C, H, W) in [0, 1]; y: (B,); eps in [0, 1] pixel scale. Returns x' like x, within eps of it. Raises InputError.
     """
+    if not isinstance(optimizer, nn.Module):
+        raise InputError(f"the learned attack needs a LearnedOptimizer, not {optimizer!r}: take it from an rnn- run")
     check_images(x, y)
     check_budget(eps, steps)
     return unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)[2]
@@ -116,8 +115,8 @@ def meta_objective(optimizer, x, x_0, gradients, eps):
 
     The g_t are data to the optimizer (second derivatives are dropped), so by the chain rule
         ∂/∂φ Σ_t w_t L(f(x'_t), y)  =  Σ_t w_t ⟨∇_x' L(f(x'_t), y), ∂x'_t/∂φ⟩  =  ∂/∂φ Σ_t w_t ⟨g_t, x'_t⟩.
-    Every g_t on the right has been computed already: the attack asked for it. So φ's gradient costs no pass through
-    the classifier, whose graph is never kept; only the cell is unrolled again, along the trajectory that was recorded.
+    Every g_t on the right is there already: the attack needed g_0 … g_{T−1}, θ's update computes g_T. So φ's gradient
+    costs no pass through the classifier, whose graph is never kept; only the cell is unrolled once more.
     """
     x_adv, state, total = x_0, None, 0.0
     for t in range(1, len(gradients)):
@@ -130,7 +129,8 @@ def meta_objective(optimizer, x, x_0, gradients, eps):
 # ---- 3. One alternating update --------------------------------------------------------------------------------------
 
 def descend(model, theta, objective, x, x_adv, y):
-    """θ descends the outer loss at x', in the model's own mode. theta: θ's torch optimizer. Returns the loss."""
+    """θ descends the outer loss at x' (B, C, H, W), in the model's own mode. theta: θ's torch optimizer. Returns the
+    loss, a scalar; and if x' asks for its gradient, x'.grad is beta / B times that of the inner loss."""
     theta.zero_grad()
     loss = objective.outer_loss(model, x, x_adv, y)
     loss.backward()
@@ -149,14 +149,15 @@ def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, object
     """The learned optimizer finds x'; from the same unroll φ ascends and θ descends: RNN-Adv or RNN-TRADES.
 
     theta, phi: torch optimizers of the weights of `model` and of `optimizer`. meta_images: estimate φ's gradient from so
-    many images of the batch, drawn at random (None: all); unbiased, and cheaper. Returns the outer loss, a scalar tensor.
+    many images of the batch, drawn at random (None: all): unbiased before clipping, and cheaper. x: (B, C, H, W) in
+    [0, 1]; y: (B,). Returns the outer loss, a scalar tensor. Raises InputError.
     """
     check_images(x, y)
     check_budget(eps, steps)
     x_0, gradients, x_adv = unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)
     loss = descend(model, theta, objective, x, x_adv.requires_grad_(), y)
-    # g_T comes with θ's own backward pass: the batch mean divides it by B, TRADES multiplies it by β. There batch norm
-    # uses the batch's statistics, within the attack the running ones; of the T gradients this one differs in that.
+    # g_T comes with θ's own backward pass, for nothing. It is taken in the model's training mode, g_0 … g_{T−1} in eval
+    # mode: where there is batch norm, g_T uses the batch's statistics, and so holds x'_T's effect on the other images.
     gradients.append(x_adv.grad * (len(x) / objective.beta))
     phi.zero_grad()
     some = torch.randperm(len(x), device=x.device)[:meta_images]
@@ -175,11 +176,10 @@ DEFAULTS = {  # of the settings that are left at None: by data set, then by mode
     "synthetic": {"model": "small", "eps": 8 / 255, "eps_warmup": 0.0, "epochs": 3},
     "mnist": {"model": "small", "eps": 0.3, "eps_warmup": 0.5, "epochs": 5},
     "cifar10": {"model": "vgg16", "eps": 8 / 255, "eps_warmup": 0.0, "epochs": 30},
-    "small": {"batch_size": 64, "lr": 0.02}, "vgg16": {"batch_size": 128, "lr": 0.05},
-    "resnet18": {"batch_size": 128, "lr": 0.1}, "wrn34": {"batch_size": 128, "lr": 0.1}}
-
-
-MAY_BE_0 = ("seed", "eps_warmup")
+    "small": {"batch_size": 64, "meta_images": 16, "lr": 0.02},
+    "vgg16": {"batch_size": 128, "meta_images": 32, "lr": 0.05},
+    "resnet18": {"batch_size": 128, "meta_images": 32, "lr": 0.1},
+    "wrn34": {"batch_size": 128, "meta_images": 32, "lr": 0.1}}
 
 
 def size(text):
@@ -190,8 +190,8 @@ def size(text):
     return float(numerator) / float(denominator or 1)
 
 
-def setting(default, kind, help, choices=None):
-    return field(default=default, metadata={"kind": kind, "help": help, "choices": choices})
+def setting(default, kind, help, choices=None, zero=False, most=math.inf):
+    return field(default=default, metadata=dict(kind=kind, help=help, choices=choices, zero=zero, most=most))
 
 
 @dataclass
@@ -204,32 +204,35 @@ class Settings:
     data_dir: str = setting(None, str, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, then data/")
     limit: int = setting(None, int, "train on so many images; default all but the 1,000 held out")
     eps: float = setting(None, size, "radius of the attack in [0, 1] pixels, 8/255 or 0.031; default 8/255, mnist 0.3")
-    eps_warmup: float = setting(None, float, "share of the training in which eps grows from 0; default 0, mnist 0.5")
+    eps_warmup: float = setting(None, float, "share of the training in which eps grows from 0; default 0, mnist 0.5",
+                                zero=True, most=1)
     steps: int = setting(10, int, "T, the inner steps")
     step_size: float = setting(None, size, "PGD's step; default eps/4, with line search its longest step, eps")
     beta: float = setting(6.0, float, "weight of TRADES' robust term")
     cell: str = setting("lstm", str, "the learned optimizer's recurrent cell", ("lstm", "rnn"))
     hidden_size: int = setting(10, int, "its state per coordinate")
-    meta_lr: float = setting(0.01, float, "learning rate of φ (Adam)")
-    meta_images: int = setting(None, int, "images of each batch that φ learns from; default all")
+    meta_lr: float = setting(0.01, float, "learning rate of the learned optimizer (Adam)")
+    meta_images: int = setting(None, int, "images of each batch that it learns from; default 16 for small, else 32")
     epochs: int = setting(None, int, "passes over the training images; default 3, mnist 5, cifar10 30")
     batch_size: int = setting(None, int, "images per step; default 64 for small, else 128")
-    lr: float = setting(None, float, "peak learning rate of θ (SGD); default 0.02 for small, 0.05 vgg16, else 0.1")
-    schedule: str = setting("one-cycle", str, "of θ's learning rate; piecewise is the classic one for 100 epochs",
+    lr: float = setting(None, float, "peak learning rate of the classifier (SGD); default 0.02 for small, 0.05 vgg16, else 0.1")
+    schedule: str = setting("one-cycle", str, "of the classifier's learning rate; piecewise is the classic one for 100 epochs",
                             ("one-cycle", "piecewise"))
-    seed: int = setting(0, int, "of everything random")
-    device: str = setting("auto", str, "auto (cuda where there is one), cpu, cuda, cuda:1 …")
+    seed: int = setting(0, int, "of everything random", zero=True, most=2 ** 63)
+    device: str = setting("auto", str, "auto (cuda where there is one), cpu, cuda, cuda:1")
 
     def __post_init__(self):
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
+            value, kind, choices, most = getattr(self, f.name), *(f.metadata[k] for k in ("kind", "choices", "most"))
             if value is None:
                 continue
             if choices and value not in choices:
                 raise InputError(f"unknown {f.name} {value!r}: choose from {', '.join(choices)}")
-            kind = {str: None, int: Integral}.get(f.metadata["kind"], Real)
-            if kind and not (isinstance(value, kind) and (0 < value < math.inf or value == 0 and f.name in MAY_BE_0)):
-                raise InputError(f"{f.name} must be a {'whole ' * (kind is Integral)}number above 0, not {value!r}")
+            number = isinstance(value, Integral if kind is int else Real) and 0 <= value <= most and value < math.inf
+            if kind is not str and not (number and (value > 0 or f.metadata["zero"])):
+                raise InputError(f"{f.name} must be a {'whole ' * (kind is int)}number "
+                                 f"{'of at least' if f.metadata['zero'] else 'above'} 0"
+                                 f"{f' and at most {most}' * (most < math.inf)}, not {value!r}")
         if not self.out:
             raise InputError("give the run a folder: --out runs/NAME")
         for key in ("dataset", "model"):  # in this order: the data set may choose the model
@@ -250,11 +253,11 @@ def pick_device(name):
         raise InputError(f"no device {name!r} here: auto, cpu, cuda or cuda:N") from None
 
 
-def learning_rate(peak, progress, schedule):
+def learning_rate(peak, done, schedule):
     """one-cycle: up to the peak within the first third and down to 0; piecewise: a tenth at 3/4, a hundredth at 9/10."""
     if schedule == "one-cycle":
-        return peak * min(3 * progress, 1.5 * (1 - progress))
-    return peak * (1 if progress < 0.75 else 0.1 if progress < 0.9 else 0.01)
+        return peak * min(3 * done, 1.5 * (1 - done))
+    return peak * (1 if done < 0.75 else 0.1 if done < 0.9 else 0.01)
 
 
 class Players(NamedTuple):
@@ -342,7 +345,7 @@ def train_epoch(players, settings, x, y, epoch):
         for group in players.theta.param_groups:
             group["lr"] = learning_rate(settings.lr, done, settings.schedule)
         strength = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
-        total = total + train_step(players, settings, images, y[batch], strength)  # on the device: no sync
+        total = total + train_step(players, settings, images, y[batch], strength)
     return (total / steps).item()
 
 
@@ -394,34 +397,44 @@ def load_classifier(checkpoint):
 
 # ---- 5. The command line --------------------------------------------------------------------------------------------
 
+def load_runs(args, device):
+    """The runs of one table → [(label, folder, classifier, learned optimizer or None, settings)]."""
+    for folder in args.runs:
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder} is not a run's folder")
+    names = [Path(folder).resolve().name for folder in args.runs]
+    labels = names if len(set(names)) == len(names) else args.runs
+    runs = [(label, Path(folder), *load_run(folder, args.checkpoint, device)) for label, folder in zip(labels, args.runs)]
+    for name in ["dataset"] + ["eps"] * (args.eps is None):
+        if len({getattr(run[-1], name) for run in runs}) > 1:
+            raise InputError(f"these runs differ in {name}: evaluate them in separate tables")
+    return runs
+
+
 def evaluate_runs(args):
     """A table on stdout, a row per run; the same numbers in each run's eval.json."""
     device = pick_device(args.device)
-    runs = {folder: load_run(folder, args.checkpoint, device) for folder in args.runs}
-    settings = [run[2] for run in runs.values()]
-    for name in ["dataset"] + ["eps"] * (args.eps is None):
-        if len({getattr(s, name) for s in settings}) > 1:
-            raise InputError(f"these runs differ in {name}: evaluate them in separate tables")
-    eps = settings[0].eps if args.eps is None else args.eps
+    runs = load_runs(args, device)
+    settings = runs[0][-1]
+    eps = settings.eps if args.eps is None else args.eps
     check_budget(eps, 1)
-    data = load_dataset(settings[0].dataset, args.data_dir)
+    data = load_dataset(settings.dataset, args.data_dir or settings.data_dir)
     x, y = to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device)
     columns = ["natural", "worst"] if args.worst_only else ["natural", *standard_attacks(eps), "learned-10", "worst"]
-    width = max(len(Path(folder).name) for folder in args.runs) + 2
-    print(f"{settings[0].dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, "
+    width = max(len(run[0]) for run in runs) + 2
+    print(f"{settings.dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, "
           f"attack seed {args.seed}; accuracy in %\n{'run':{width}} {'model':9}" + "".join(f"{c:>11}" for c in columns))
-    for folder, (model, optimizer, s) in runs.items():
+    for label, folder, model, optimizer, s in runs:
         attacks = standard_attacks(eps)
         if optimizer is not None:  # on cross-entropy whatever it was trained on: that is the stronger attack
             attacks["learned-10"] = lambda model, x, y: learned_attack(model, optimizer, x, y, eps=eps, steps=10)
         torch.manual_seed(args.seed)
-        accuracy = evaluate(model, x, y, attacks, args.batch_size, args.worst_only, label=Path(folder).name)
-        cells = (f"{100 * accuracy[c]:11.2f}" if c in accuracy else f"{'–':>11}" for c in columns)
-        print(f"{Path(folder).name:{width}} {s.model:9}" + "".join(cells), flush=True)
-        result = {"run": Path(folder).name, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps,
+        accuracy = evaluate(model, x, y, attacks, args.batch_size, args.worst_only, label)
+        result = {"run": label, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps,
                   "images": len(x), "checkpoint": args.checkpoint, "seed": args.seed, "accuracy": accuracy}
-        target = (Path(folder) if Path(folder).is_dir() else Path(folder).parent) / "eval.json"
-        write_whole(target, lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
+        write_whole(folder / "eval.json", lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
+        cells = (f"{100 * accuracy[c]:11.2f}" if c in accuracy else f"{'-':>11}" for c in columns)
+        print(f"{label:{width}} {s.model:9}" + "".join(cells), flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -442,7 +455,7 @@ def main(argv=None):
     for f in fields(Settings):
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         default = "" if f.default is None else f"; default {f.default}"
-        sub.add_argument("--" + f.name.replace("_", "-"), type=f.metadata["kind"], default=f.default, metavar="…",
+        sub.add_argument("--" + f.name.replace("_", "-"), type=f.metadata["kind"], default=f.default, metavar="X",
                          help=f.metadata["help"] + choices + default)
     sub = commands.add_parser("eval", help="one table, a row per run")
     sub.add_argument("runs", nargs="+", help="run folders")

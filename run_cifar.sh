@@ -14,12 +14,12 @@ Settings, as flags or as environment variables (--epochs 3 or EPOCHS=3); what fo
     METHODS      default "plain advtrain trades rnn-adv rnn-trades"; there is also advtrain-bls
     MODEL        small, vgg16, resnet18, wrn34       default vgg16 with CUDA, else small
     EPOCHS       passes over the training images     default 30 with CUDA, else 3
-    LIMIT        training images, 0 for all          default 0 with CUDA, else 5000 (synthetic: 0)
-    TEST_LIMIT   test images, 0 for all              default 0 with CUDA, else 500
+    LIMIT        training images, 0 for all          default 0 with CUDA, else 500 (synthetic: 300)0 (synthetic: 0)
+    TEST_LIMIT   test images, 0 for all              default 0 with CUDA, else 500 (synthetic: 300)
     SEED         of everything random                default 0
     DEVICE       auto, cpu, cuda, cuda:1             default auto
     OUT          folder of the runs                  default runs/ and a name made of the settings
-    CIFAR10_DIR  where CIFAR-10 lies                 default data/, and downloaded to there
+    CIFAR10_DIR  where CIFAR-10 lies (environment only); default data/, and downloaded to there
 
 Started again with the same settings, it goes on with the methods that are not done. Examples:
     bash run_cifar.sh --model resnet18 --methods "trades rnn-trades" --epochs 100 -- --schedule piecewise
@@ -65,8 +65,12 @@ l2l() { "$python" "$here/l2l_adv.py" "$@"; }
 METHODS=${METHODS:-plain advtrain trades rnn-adv rnn-trades}
 DEVICE=${DEVICE:-auto} SEED=${SEED:-0}
 cuda=$("$python" -c 'import sys, torch; print(int(sys.argv[1] != "cpu" and torch.cuda.is_available()))' "$DEVICE")
+[[ -n ${METHODS// /} ]] || fail "METHODS is empty"
+for method in $METHODS; do
+    [[ " plain advtrain advtrain-bls trades rnn-adv rnn-trades " == *" $method "* ]] || fail "unknown method '$method'"
+done
 if [[ $DATASET == synthetic ]]; then
-    MODEL=${MODEL:-small} EPOCHS=${EPOCHS:-3} LIMIT=${LIMIT:-0} TEST_LIMIT=${TEST_LIMIT:-500}
+    MODEL=${MODEL:-small} EPOCHS=${EPOCHS:-3} LIMIT=${LIMIT:-0} TEST_LIMIT=${TEST_LIMIT:-300}
 elif [[ $cuda == 1 ]]; then
     MODEL=${MODEL:-vgg16} EPOCHS=${EPOCHS:-30} LIMIT=${LIMIT:-0} TEST_LIMIT=${TEST_LIMIT:-0}
 else
@@ -132,7 +136,12 @@ if [[ $DATASET == cifar10 && $cuda == 0 ]]; then
 fi
 
 # ---- Train, each method into a folder that gets its name when it is done ---------------------------------------------
+stamp="$DATASET $MODEL, $EPOCHS epochs, limit $LIMIT, seed $SEED${*:+, $*}"
 mkdir -p "$OUT"
+if [[ -f $OUT/.settings && $(<"$OUT/.settings") != "$stamp" ]]; then
+    fail "$OUT holds runs of other settings ($(<"$OUT/.settings")): choose another --out, or delete it"
+fi
+echo "$stamp" >"$OUT/.settings"
 trained=() failed=()
 for method in $METHODS; do
     if [[ -f $OUT/$method/last.pt ]]; then
@@ -151,5 +160,6 @@ for method in $METHODS; do
 done
 
 # ---- Evaluate --------------------------------------------------------------------------------------------------------
-((${#trained[@]})) && l2l eval "${trained[@]}" --device "$DEVICE" ${test_limit[@]+"${test_limit[@]}"} | tee "$OUT/table.txt"
+((${#trained[@]})) && l2l eval "${trained[@]}" --device "$DEVICE" ${test_limit[@]+"${test_limit[@]}"}
+echo "Checkpoints, logs and eval.json: $OUT/METHOD"
 ((${#failed[@]} == 0)) || { echo "run_cifar.sh: failed: ${failed[*]}" >&2; exit 1; }

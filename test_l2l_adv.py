@@ -233,13 +233,16 @@ def test_evaluate_counts_by_hand_and_spares_what_is_broken():
     natural = model(x).argmax(1) == y
     seen.clear()
     result = evaluate(model, x, y, by, batch_size=7)
-    worst = (natural & right["a"] & right["b"]).float().mean().item()
-    assert result == pytest.approx({"natural": natural.float().mean().item(), "worst": worst,
-                                    **{name: r.float().mean().item() for name, r in right.items()}})
+    worst = (natural & right["a"] & right["b"]).sum().item() / 40
+    assert result == {"natural": natural.sum().item() / 40, "worst": worst,
+                      **{name: r.sum().item() / 40 for name, r in right.items()}}
     assert list(result) == ["natural", "a", "b", "worst"] and sum(seen) == 80
     seen.clear()
     assert evaluate(model, x, y, by, batch_size=7, worst_only=True)["worst"] == pytest.approx(worst)
     assert sum(seen) == natural.sum() + (natural & right["a"]).sum()
+    for broken in (lambda m, x, y: x * float("nan"), lambda m, x, y: x + 1, lambda m, x, y: x[:, :1]):
+        with pytest.raises(InputError, match="returned something other"):
+            evaluate(model, x, y, {"broken": broken})
 
 
 # ---- The learned optimizer -------------------------------------------------------------------------------------------
@@ -407,10 +410,33 @@ def test_meta_gradient_of_some_images_is_unbiased():
     pairs = [[i, j] for i in range(4) for j in range(i)]
     assert torch.allclose(sum(grad(p) for p in pairs) / len(pairs), grad([0, 1, 2, 3]), atol=1e-14)
     theta, phi = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(optimizer.parameters(), 0.1)
-    seen = []
-    optimizer.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
-    train_step_learned(model, optimizer, theta, phi, x, y, eps=0.2, steps=3, meta_images=1)
-    assert seen == [4, 4, 4, 1, 1, 1]  # all images are attacked, one is learned from
+    seen, firsts = [], set()
+    optimizer.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    for _ in range(20):
+        seen.clear()
+        train_step_learned(model, optimizer, theta, phi, x, y, eps=0.2, steps=3, meta_images=1)
+        assert [len(g) for g in seen] == [4, 4, 4, 1, 1, 1]  # all images are attacked, one is learned from
+        firsts.add([torch.equal(g, seen[3][0]) for g in seen[0]].index(True))
+    assert firsts == {0, 1, 2, 3}  # any of them
+
+
+def test_a_large_meta_gradient_is_clipped_and_keeps_its_direction():
+    def step(lr, scale):
+        model, x, y = problem()
+        with torch.no_grad():
+            model.layers[-1].weight.mul_(scale)
+        optimizer = big_steps("lstm")
+        before = torch.cat([p.detach().flatten() for p in optimizer.parameters()])
+        torch.manual_seed(7)
+        reference, _ = weighted_losses(model, optimizer, x, y, 0.2, 5, AdvTrain())
+        grad = torch.cat([g.flatten() for g in torch.autograd.grad(reference, list(optimizer.parameters()))])
+        torch.manual_seed(7)
+        train_step_learned(model, optimizer, torch.optim.SGD(model.parameters(), 0.1),
+                           torch.optim.SGD(optimizer.parameters(), lr), x, y, eps=0.2, steps=5)
+        return (torch.cat([p.detach().flatten() for p in optimizer.parameters()]) - before) / lr, grad
+
+    moved, grad = step(0.1, scale=100.0)
+    assert grad.norm() > 2 and torch.allclose(moved, grad / grad.norm(), rtol=1e-5, atol=1e-7)
 
 
 def train_phi(model, x, y, eps, steps, updates, cell="lstm"):
@@ -552,9 +578,9 @@ def test_mnist_is_read(tmp_path, pack):
 def test_held_out_images_are_fixed_and_not_trained_on(tmp_path):
     data = load_dataset("synthetic")
     (x, y), (x_held_out, y_held_out) = hold_out(data)
-    assert len(x) == len(y) == 4000 and len(x_held_out) == len(y_held_out) == 1000
+    assert len(x) == len(y) == 3200 and len(x_held_out) == len(y_held_out) == 800
     rows = {bytes(image.flatten().tolist()) for image in x}
-    assert len(rows) == 4000 and not any(bytes(image.flatten().tolist()) in rows for image in x_held_out)
+    assert len(rows) == 3200 and not any(bytes(image.flatten().tolist()) in rows for image in x_held_out)
     torch.manual_seed(5)
     (few, _), (again, _) = hold_out(data, limit=10)
     assert torch.equal(few, x[:10]) and torch.equal(again, x_held_out)
@@ -564,12 +590,12 @@ def test_synthetic_data_tells_the_story():
     """The fine pattern is always right and below eps, the coarse one right nine times in ten and mostly above eps."""
     data = load_dataset("synthetic")
     again = load_dataset("synthetic")
-    assert torch.equal(data.x_train, again.x_train) and data.y_train.bincount(minlength=10).min() > 400
+    assert torch.equal(data.x_train, again.x_train) and data.y_train.bincount(minlength=10).min() > 300
     x = to_unit(data.x_train) - 0.5
     tile = x.unfold(2, 4, 4).unfold(3, 4, 4).mean((2, 3))  # (N, 3, 4, 4), the mean over blocks shows the fine pattern
     tile = tile - tile.mean((2, 3), keepdim=True)
     fine = torch.stack([tile[data.y_train == k].mean(0) for k in range(10)])
-    assert ((fine.amax((2, 3)) - fine.amin((2, 3))) / 2).max() < 8 / 255  # its amplitude
+    assert ((fine.amax((2, 3)) - fine.amin((2, 3))) / 2).median() == pytest.approx(6 / 255, rel=0.05)  # its amplitude
     guess = torch.einsum("nchw,kchw->nk", tile, fine).sub(fine.pow(2).sum((1, 2, 3)) / 2).argmax(1)
     assert (guess == data.y_train).float().mean() > 0.99
     block = F.avg_pool2d(x, 4)
@@ -619,7 +645,7 @@ def test_every_method_trains_and_is_evaluated(tiny, tmp_path, capsys, method):
     assert list(accuracy) == ["natural", "pgd-10", "pgd-100", "cw-100", *learned, "worst"]
     assert accuracy["worst"] <= min(accuracy.values())
     for name, text in zip(columns.split()[2:], row.split()[2:]):
-        assert text == (f"{100 * accuracy[name]:.2f}" if name in accuracy else "–")
+        assert text == (f"{100 * accuracy[name]:.2f}" if name in accuracy else "-")
     start = MODELS["small"](3).state_dict()
     weights = torch.load("runs/one/last.pt", weights_only=True)
     assert weights["state_dict"].keys() == start.keys() and weights["settings"]["eps"] == 8 / 255
@@ -661,6 +687,20 @@ def test_learning_rate_schedules():
     assert [learning_rate(1, p, "piecewise") for p in (0, 0.74, 0.75, 0.89, 0.9, 0.99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
+def test_training_follows_the_schedule_and_the_warm_up_of_eps(tiny, monkeypatch):
+    seen = []
+
+    def step(players, settings, x, y, strength):
+        seen.append((players.theta.param_groups[0]["lr"], strength))
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr("l2l_adv.train_step", step)
+    main([*tiny, "--lr", "0.3", "--eps-warmup", "0.5", "--limit", "48", "--out", "run"])  # 2 epochs of 3 steps
+    done = [(2 * k + 1) / 12 for k in range(6)]
+    assert [lr for lr, _ in seen] == pytest.approx([learning_rate(0.3, d, "one-cycle") for d in done])
+    assert [strength for _, strength in seen] == pytest.approx([1 / 6, 3 / 6, 5 / 6, 1, 1, 1])
+
+
 def test_train_step_pgd_is_one_descent_step():
     model, x, y = problem()
     torch.manual_seed(1)
@@ -688,7 +728,7 @@ X, Y = torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)
     (dict(eps=8), "8/255"), (dict(steps=0), "positive whole"), (dict(steps=2.5), "positive whole"),
     (dict(x=X * 255), "divide by 255"), (dict(x=X - 0.5), "must lie in"), (dict(x=X[0]), "(B, C, H, W)"),
     (dict(x=(X * 255).byte()), "float"), (dict(x=X * float("nan")), "must lie in"), (dict(x=X[:0], y=Y[:0]), "images"),
-    (dict(y=Y[:1]), "one per image"),
+    (dict(y=Y[:1]), "one per image"), (dict(y=Y.float()), "int64"), (dict(y=Y - 1), "class numbers"),
 ])
 def test_attacks_refuse_bad_input(change, words):
     call = dict(x=X, y=Y, eps=0.1, steps=1) | change
@@ -705,7 +745,8 @@ def test_attacks_refuse_bad_input(change, words):
 @pytest.mark.parametrize("wrong", [
     lambda: pgd(Net((3, 4, 4)), X, Y, eps=0.1, step_size=0.0, steps=1),
     lambda: pgd(Net((3, 4, 4)), X, Y, eps=0.1, step_size=0.1, steps=1, start="zero"),
-    lambda: Trades(beta=0), lambda: LearnedOptimizer(cell="gru"), lambda: LearnedOptimizer(hidden_size=0),
+    lambda: learned_attack(Net((3, 4, 4)), None, X, Y, eps=0.1, steps=1), lambda: Settings(out="x", epochs="3"),
+    lambda: Settings(out="x", eps_warmup=2), lambda: Trades(beta=0), lambda: LearnedOptimizer(cell="gru"), lambda: LearnedOptimizer(hidden_size=0),
     lambda: evaluate(Net((3, 4, 4)), X * 2, Y, {}), lambda: load_dataset("cifar100"), lambda: Settings(out=""),
     lambda: Settings(out="x", method="fgsm"), lambda: Settings(out="x", epochs=-1),
 ])
@@ -720,7 +761,7 @@ def test_python_refuses_bad_input(wrong):
     (["--eps", "8"], "eps must be"), (["--eps", "8/0"], "--eps"), (["--eps", "nan"], "eps must be"),
     (["--steps", "0"], "steps must be"), (["--step-size", "-0.1"], "step_size must be"), (["--epochs", "0"], "epochs"),
     (["--epochs", "two"], "--epochs"), (["--batch-size", "-4"], "batch_size"), (["--lr", "inf"], "lr must be"),
-    (["--device", "tpu9"], "no device"), (["--seed", "-1"], "seed"), (["--cell", "gru"], "unknown cell"),
+    (["--device", "tpu9"], "no device"), (["--seed", "-1"], "at least 0"), (["--seed", "9" * 30], "seed"), (["--cell", "gru"], "unknown cell"),
     (["--data-dir", "nowhere"], "no cifar10 in nowhere"), (["--limit", "0"], "limit"), (["--bogus"], "--bogus"),
 ])
 def test_train_refuses_bad_input_in_one_line(tiny, tmp_path, capsys, flags, words):
@@ -792,10 +833,11 @@ def test_eval_refuses_what_is_not_a_run(tiny, tmp_path, capsys):
     for name, content in wrong.items():
         Path(name).mkdir()
         torch.save(content, f"{name}/best.pt")
+    Path("file").write_bytes(Path("run/best.pt").read_bytes())  # a checkpoint, but not a folder
     Path("text").mkdir()
     Path("text/best.pt").write_text("not a checkpoint")
     capsys.readouterr()
-    for name in ["empty", "nothing", "text", *wrong]:
+    for name in ["empty", "nothing", "text", "file", *wrong]:
         assert main(["eval", "run", name, "--limit", "2"]) == 2
         captured = capsys.readouterr()
         assert name in captured.err and captured.err.count("\n") == 1 and captured.out == ""
