@@ -49,8 +49,18 @@ def start_point(x, eps, start="gaussian"):
     """x'_0: x + 0.001·N(0, I) as in the paper and TRADES ("gaussian"), or uniform in the ball as in [1] ("uniform")."""
     if start not in ("gaussian", "uniform"):
         raise InputError(f"start must be 'gaussian' or 'uniform', not {start!r}")
-    noise = 0.001 * torch.randn_like(x) if start == "gaussian" else torch.empty_like(x).uniform_(-eps, eps)
-    return project(x + noise, x, eps)
+    # Every process draws the noise of the whole batch and takes its part: N processes see what one alone would.
+    rank, world = processes()
+    shape, kind = (world * len(x), *x.shape[1:]), {"dtype": x.dtype, "device": x.device}
+    noise = 0.001 * torch.randn(shape, **kind) if start == "gaussian" else eps * (2 * torch.rand(shape, **kind) - 1)
+    return project(x + noise.chunk(world)[rank], x, eps)
+
+
+def processes():
+    """(rank, number of processes): (0, 1) but under torchrun."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def check_images(x, y):

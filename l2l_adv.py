@@ -17,11 +17,14 @@ RNN-Adv takes cross-entropy for L; RNN-TRADES takes KL(f(x) ‖ f(x')) inside an
 
     python l2l_adv.py train --method rnn-adv --dataset synthetic --model small --out runs/rnn-adv
     python l2l_adv.py eval runs/*
+    python l2l_adv.py bench --model vgg16
 """
 import argparse
+import ctypes
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -33,8 +36,8 @@ import torch
 from torch import nn
 
 from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, eval_mode,
-                       evaluate, hold_out, input_gradient, load_dataset, pgd, progress, project, standard_attacks,
-                       start_point, to_unit)
+                       evaluate, hold_out, input_gradient, load_dataset, pgd, processes, progress, project,
+                       standard_attacks, start_point, to_unit)
 
 
 # ---- 1. The learned optimizer m_φ -----------------------------------------------------------------------------------
@@ -128,12 +131,23 @@ def meta_objective(optimizer, x, x_0, gradients, eps):
 
 # ---- 3. One alternating update --------------------------------------------------------------------------------------
 
+def average(tensors):
+    """Under torchrun, replace each tensor by its mean over all processes, in one message; else do nothing."""
+    _, world = processes()
+    if world > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        for tensor, mean in zip(tensors, (flat / world).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
 def descend(model, theta, objective, x, x_adv, y):
     """θ descends the outer loss at x' (B, C, H, W), in the model's own mode. theta: θ's torch optimizer. Returns the
     loss, a scalar; and if x' asks for its gradient, x'.grad is beta / B times that of the inner loss."""
     theta.zero_grad()
     loss = objective.outer_loss(model, x, x_adv, y)
     loss.backward()
+    average([p.grad for p in model.parameters() if p.grad is not None])
     theta.step()
     return loss.detach()
 
@@ -160,8 +174,10 @@ def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, object
     # mode: where there is batch norm, g_T uses the batch's statistics, and so holds x'_T's effect on the other images.
     gradients.append(x_adv.grad * (len(x) / objective.beta))
     phi.zero_grad()
-    some = torch.randperm(len(x), device=x.device)[:meta_images]
+    few = meta_images is not None and meta_images < len(x)
+    some = torch.randperm(len(x), device=x.device)[:meta_images] if few else slice(None)
     (-meta_objective(optimizer, x[some], x_0[some], [g[some] for g in gradients], eps)).backward()
+    average([p.grad for p in optimizer.parameters()])
     nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
     phi.step()
     return loss
@@ -245,7 +261,9 @@ class Settings:
 
 
 def pick_device(name):
-    """The torch device called `name`; "auto" is CUDA where there is one."""
+    """The torch device called `name`; "auto" is CUDA where there is one, and under torchrun each process's own."""
+    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         return torch.empty(0, device=name).device
@@ -290,7 +308,7 @@ def train_step(players, settings, x, y, strength=1.0):
         return descend(model, theta, objective, x, x, y)
     if maximiser == "learned":
         return train_step_learned(model, optimizer, theta, phi, x, y, eps=eps, steps=settings.steps,
-                                  objective=objective, meta_images=settings.meta_images)
+                                  objective=objective, meta_images=max(1, settings.meta_images // processes()[1]))
     return train_step_pgd(model, theta, x, y, eps=eps, step_size=strength * settings.step_size, steps=settings.steps,
                           objective=objective, line_search=maximiser == "line search")
 
@@ -302,50 +320,63 @@ def train(settings):
     test images. Raises InputError before anything is written.
     """
     device, out = pick_device(settings.device), Path(settings.out)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and processes() == (0, 1):  # started by torchrun
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    first = processes()[0] == 0  # the only process that prints and writes
+    if settings.batch_size % processes()[1]:
+        raise InputError(f"batch_size {settings.batch_size} does not split into {processes()[1]} equal parts")
     if any((out / name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
         raise InputError(f"{out} holds a run already: choose another --out, or delete it")
     (x, y), (x_held_out, y_held_out) = hold_out(load_dataset(settings.dataset, settings.data_dir), settings.limit)
     x, y, x_held_out, y_held_out = (tensor.to(device) for tensor in (x, y, to_unit(x_held_out), y_held_out))
-    torch.manual_seed(settings.seed)
-    players = make_players(settings, x, device)
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{settings.method}, {settings.dataset} ({len(x)} images), {settings.model}, eps = {settings.eps * 255:g}/255, "
-          f"T = {settings.steps}, seed {settings.seed}, {device}; accuracy in % on {len(x_held_out)} held-out images\n"
-          f"{'epoch':>5} {'loss':>9} {'natural':>9} {'pgd-10':>9} {'seconds':>9}", flush=True)
-    rows, best = [], -1.0
+    torch.manual_seed(settings.seed)  # the same in every process: each makes the same players and draws the same batches
+    players, attack = make_players(settings, x, device), {"pgd-10": standard_attacks(settings.eps)["pgd-10"]}
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        print(f"{settings.method}, {settings.dataset} ({len(x)} images), {settings.model}, eps = {settings.eps * 255:g}/255"
+              f", T = {settings.steps}, seed {settings.seed}, {device}; accuracy in % on {len(x_held_out)} held-out images\n"
+              f"{'epoch':>5} {'loss':>9} {'natural':>9} {'pgd-10':>9} {'seconds':>9}", flush=True)
+    rows = []
     for epoch in range(settings.epochs):
         start = time.time()
         loss = train_epoch(players, settings, x, y, epoch)
-        accuracy = evaluate(players.model, x_held_out, y_held_out,
-                            {"pgd-10": standard_attacks(settings.eps)["pgd-10"]}, label="held out:")
-        row = {"epoch": epoch + 1, "loss": loss, "natural": accuracy["natural"], "pgd-10": accuracy["pgd-10"],
-               "seconds": round(time.time() - start, 1)}
-        print(f"{epoch + 1:5} {loss:9.4f} {100 * row['natural']:9.2f} {100 * row['pgd-10']:9.2f} {row['seconds']:9.1f}",
-              flush=True)
-        score = row["natural" if settings.method == "plain" else "pgd-10"]
-        if score > best:
-            best = score
-            save(out / "best.pt", settings, players, row)
-        save(out / "last.pt", settings, players, row)
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
-        rows.append(row)
+        accuracy = evaluate(players.model, x_held_out, y_held_out, attack, label="held out:")
+        rows.append({"epoch": epoch + 1, "loss": loss, "natural": accuracy["natural"], "pgd-10": accuracy["pgd-10"],
+                     "seconds": round(time.time() - start, 1)})
+        if first:
+            record(out, settings, players, rows)
     return rows
 
 
+def record(out, settings, players, rows):
+    """Print and log the last row; save last.pt, and best.pt if that row is the best so far."""
+    row, score = rows[-1], "natural" if settings.method == "plain" else "pgd-10"
+    print("{epoch:5} {loss:9.4f} {0:9.2f} {1:9.2f} {seconds:9.1f}".format(
+        100 * row["natural"], 100 * row["pgd-10"], **row), flush=True)
+    if all(row[score] > earlier[score] for earlier in rows[:-1]):
+        save(out / "best.pt", settings, players, row)
+    save(out / "last.pt", settings, players, row)
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps(row) + "\n")
+
+
 def train_epoch(players, settings, x, y, epoch):
-    """One pass over uint8 images x and labels y on the device, in whole batches. Returns the mean outer loss."""
+    """One pass over uint8 images x and labels y on the device, in whole batches, each split among the processes.
+    Returns the mean outer loss."""
     players.model.train()
+    rank, world = processes()
     batch_size = min(settings.batch_size, len(x))
     steps, order, total = len(x) // batch_size, torch.randperm(len(x), device=x.device), 0.0
     for step in progress(range(steps), f"epoch {epoch + 1}"):
         batch = order[step * batch_size:(step + 1) * batch_size]
-        images = to_unit(augment(x[batch]) if settings.dataset == "cifar10" else x[batch])
+        images = augment(x[batch]) if settings.dataset == "cifar10" else x[batch]
+        images, labels = to_unit(images.chunk(world)[rank]), y[batch].chunk(world)[rank]
         done = (epoch + (step + 0.5) / steps) / settings.epochs  # of the whole training, in (0, 1)
         for group in players.theta.param_groups:
             group["lr"] = learning_rate(settings.lr, done, settings.schedule)
         strength = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
-        total = total + train_step(players, settings, images, y[batch], strength)
+        total = total + train_step(players, settings, images, labels, strength)
+    average([total, *(buffer for buffer in players.model.buffers() if buffer.is_floating_point())])  # batch norm's
     return (total / steps).item()
 
 
@@ -437,6 +468,78 @@ def evaluate_runs(args):
         print(f"{label:{width}} {s.model:9}" + "".join(cells), flush=True)
 
 
+def bench(args):
+    """What one training step of each method costs, and the attacks alone; a table or, with --json, one object."""
+    device = pick_device(args.device)
+    dataset, channels, side = ("mnist", 1, 28) if args.model == "small" else ("cifar10", 3, 32)
+    x = torch.randint(0, 256, (args.batch_size, channels, side, side), device=device).byte()
+    y, images = torch.randint(0, 10, (len(x),), device=device), to_unit(x)
+    jobs = {}
+    for method in METHODS:
+        settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, steps=args.steps,
+                            cell=args.cell, meta_images=args.meta_images, lr=1e-9)
+        players = make_players(settings, x, device)
+        jobs[method] = lambda players=players, settings=settings: train_step(players, settings, images, y)
+    model, optimizer, eps = players.model, players.optimizer, settings.eps  # the last method's, rnn-trades
+    jobs["pgd"] = lambda: pgd(model, images, y, eps=eps, step_size=eps / 4, steps=args.steps)
+    jobs["learned"] = lambda: learned_attack(model, optimizer, images, y, eps=eps, steps=args.steps)
+    jobs["forward"] = torch.no_grad()(lambda: model(images))
+    seconds, peaks = measure(jobs, args.rounds, device)
+    costs = {name: {"ms_per_image": 1000 * s / len(x), "peak_mb": peaks[name]} for name, s in seconds.items()}
+    forward, attacks = costs.pop("forward")["ms_per_image"], {name: costs.pop(name) for name in ("pgd", "learned")}
+    for cost in costs.values():
+        cost["ratio"] = cost["ms_per_image"] / costs["advtrain"]["ms_per_image"]
+        cost["floor_ratio"] = cost["ms_per_image"] / ((2 * args.steps + 3) * forward)
+        cost["hours"] = cost["ms_per_image"] * 50_000 * args.epochs / 3.6e6
+    if args.json:
+        print(json.dumps({"model": args.model, "batch_size": len(x), "steps": args.steps, "device": str(device),
+                          "forward_ms_per_image": forward, "methods": costs, "attacks": attacks}))
+        return
+    print(f"{args.model}, batch {len(x)}, T = {args.steps}, {args.cell}, φ learns from {settings.meta_images} images, "
+          f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds\n"
+          f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'/ floor':>9}{'peak MB':>9}{'hours':>8}   (floor: 2T+3 forward "
+          f"passes; hours: {args.epochs} epochs of 50,000 images)")
+    for name, c in costs.items():
+        print(f"{name:14}{c['ms_per_image']:10.3f}{c['ratio']:12.2f}{c['floor_ratio']:9.2f}{c['peak_mb'] or math.nan:9.0f}"
+              f"{c['hours']:8.1f}")
+    for name, c in attacks.items():
+        print(f"{name + ' alone':14}{c['ms_per_image']:10.3f}{'':21}{c['peak_mb'] or math.nan:9.0f}")
+
+
+def measure(jobs, rounds, device):
+    """Median seconds of each job, in turn over several rounds after a warm-up one; and, from that one, its peak memory:
+    MB above what was in use before, as torch counts on CUDA, and elsewhere of the process (None if unknown)."""
+    cuda = device.type == "cuda"
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    seconds, peaks = {name: [] for name in jobs}, {}
+    for turn in progress(range(rounds + 1), "bench"):
+        for name, job in jobs.items():
+            before = None if turn else memory(cuda, reset=True)
+            sync()
+            start = time.perf_counter()
+            job()
+            sync()
+            seconds[name].append(time.perf_counter() - start)
+            if turn == 0:
+                peaks[name] = None if before is None else (memory(cuda) - before) / 2 ** 20
+    return {name: statistics.median(s[1:]) for name, s in seconds.items()}, peaks
+
+
+def memory(cuda, reset=False):
+    """Peak memory in bytes since the last reset."""
+    if cuda:
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:  # Linux: hand freed memory back, and let the high-water mark of the resident memory start anew
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, AttributeError, IndexError):
+        return None
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -467,12 +570,22 @@ def main(argv=None):
     sub.add_argument("--data-dir")
     sub.add_argument("--device", default="auto")
     sub.add_argument("--seed", type=int, default=0)
-    args = vars(parser.parse_args(argv))
+    sub = commands.add_parser("bench", help="what one training step of each method costs")
+    sub.add_argument("--model", choices=MODELS, default="vgg16", help="small is timed on MNIST's size, the others on 32×32")
+    sub.add_argument("--batch-size", type=positive, default=32)
+    sub.add_argument("--steps", type=positive, default=10)
+    sub.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")
+    sub.add_argument("--meta-images", type=positive, help="images of the batch that the optimizer learns from")
+    sub.add_argument("--epochs", type=positive, default=30, help="for the hours")
+    sub.add_argument("--rounds", type=positive, default=5)
+    sub.add_argument("--device", default="auto")
+    sub.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
     try:
-        if args.pop("command") == "train":
-            train(Settings(**args))
+        if args.command == "train":
+            train(Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}))
         else:
-            evaluate_runs(argparse.Namespace(**args))
+            {"eval": evaluate_runs, "bench": bench}[args.command](args)
     except (InputError, OSError) as error:
         print(f"l2l_adv.py: {error}", file=sys.stderr)
         return 2

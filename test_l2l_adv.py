@@ -718,6 +718,35 @@ def test_sizes_on_the_command_line_read_as_fractions():
     assert size("8/255") == 8 / 255 and size("0.031") == 0.031
 
 
+@pytest.mark.parametrize("method", ["rnn-trades", "advtrain"])
+def test_two_processes_train_as_one(tiny, method):
+    flags = [*tiny, "--method", method, "--epochs", "1", "--limit", "48", "--meta-images", "16", "--lr", "0.05"]
+    assert main([*flags, "--out", "one"]) is None
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                             HERE / "l2l_adv.py", *flags, "--out", "two"], capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0 and result.stdout.count("epoch") == 1, result.stderr
+    one, two = (torch.load(f"{out}/last.pt", weights_only=True) for out in ("one", "two"))
+    start = torch.load("two/best.pt", weights_only=True)
+    assert start["settings"]["out"] == "two"
+    for player in ("state_dict", "learned_optimizer") if method == "rnn-trades" else ("state_dict",):
+        for key in one[player]:
+            assert torch.allclose(one[player][key], two[player][key], rtol=1e-4, atol=1e-5), key
+
+
+def test_bench_prints_a_row_per_method(capsys):
+    flags = ["bench", "--model", "small", "--batch-size", "4", "--steps", "2", "--rounds", "1"]
+    assert main([*flags, "--json"]) is None
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["methods"]) == list(METHODS) and list(result["attacks"]) == ["pgd", "learned"]
+    for cost in result["methods"].values():
+        assert cost["ms_per_image"] > 0 and cost["floor_ratio"] > 0
+        assert cost["ratio"] == cost["ms_per_image"] / result["methods"]["advtrain"]["ms_per_image"]
+        assert cost["hours"] == pytest.approx(cost["ms_per_image"] / 1000 / 3600 * 50_000 * 30)
+    assert main(flags) is None
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[2:]] == [*METHODS, "pgd", "learned"]
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 X, Y = torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)
