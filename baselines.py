@@ -270,7 +270,10 @@ def progress(items, label):
 
 class Classifier(nn.Module):
     """A network behind its own normalisation, so that eps means the same for every model and attack. The buffers `mean`
-    and `std` travel in the state_dict; `normalize_like` sets them from training images."""
+    and `std` travel in the state_dict; `normalize_like` sets them from training images. bf16: run the layers in that
+    precision (weights, logits and the input's gradient stay fp32); for training, never for evaluation."""
+
+    bf16 = False
 
     def __init__(self, in_channels, *layers):
         super().__init__()
@@ -287,7 +290,11 @@ class Classifier(nn.Module):
     def forward(self, x):
         if x.dim() != 4 or x.shape[1] != self.mean.shape[1]:
             raise InputError(f"this model takes images (B, {self.mean.shape[1]}, H, W), not {tuple(x.shape)}")
-        return self.layers((x - self.mean) / self.std)
+        x = (x - self.mean) / self.std
+        if not self.bf16:
+            return self.layers(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.layers(x).float()
 
 
 def conv_bn(in_channels, out_channels, kernel=3, stride=1):

@@ -234,6 +234,9 @@ class Settings:
     lr: float = setting(None, float, "peak learning rate of the classifier (SGD); default 0.02 for small, 0.05 vgg16, else 0.1")
     schedule: str = setting("one-cycle", str, "of the classifier's learning rate; piecewise is the classic one for 100 epochs",
                             ("one-cycle", "piecewise"))
+    precision: str = setting(None, str, "of the classifier in training; default bf16 on CUDA, else fp32", ("fp32", "bf16"))
+    compile: str = setting(None, str, "what torch.compile fuses; all is cell and classifier; default cell on CUDA, else no",
+                           ("no", "cell", "all"))
     seed: int = setting(0, int, "of everything random", zero=True, most=2 ** 63)
     device: str = setting("auto", str, "auto (cuda where there is one), cpu, cuda, cuda:1")
 
@@ -265,6 +268,7 @@ def pick_device(name):
     if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, above all in evaluation
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
@@ -287,6 +291,24 @@ class Players(NamedTuple):
     phi: torch.optim.Optimizer = None
 
 
+def fused(function):
+    """torch.compile(function); where that does not work, one line of warning and the function as it is."""
+    compiled = torch.compile(function)
+
+    def call(*args):
+        nonlocal compiled
+        try:
+            return compiled(*args)
+        except Exception as error:  # no compiler, no Triton …; what is the function's own fault is raised again below
+            if compiled is not function:
+                print(f"l2l_adv.py: torch.compile does not work here ({type(error).__name__}): going on without, slower",
+                      file=sys.stderr)
+            compiled = function
+            return function(*args)
+
+    return call
+
+
 def make_players(settings, x_train, device):
     objective, maximiser = METHODS[settings.method]
     objective = Trades(settings.beta) if objective is Trades else objective()
@@ -294,9 +316,14 @@ def make_players(settings, x_train, device):
     model.normalize_like(x_train)
     model.to(device, memory_format=torch.channels_last)
     theta = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
+    compile = settings.compile or ("cell" if device.type == "cuda" else "no")
+    if compile == "all":
+        model.forward = fused(model.forward)
     if maximiser != "learned":
         return Players(objective, model, theta)
     optimizer = LearnedOptimizer(settings.hidden_size, settings.cell).to(device)
+    if compile != "no":  # on a GPU the cell's elementwise passes cost more than the classifier, unless they are fused
+        optimizer.forward = fused(optimizer.forward)
     return Players(objective, model, theta, optimizer, torch.optim.Adam(optimizer.parameters(), settings.meta_lr))
 
 
@@ -360,10 +387,15 @@ def record(out, settings, players, rows):
         log.write(json.dumps(row) + "\n")
 
 
+def training_mode(model, settings):
+    model.train()
+    model.bf16 = (settings.precision or ("bf16" if model.mean.is_cuda else "fp32")) == "bf16"
+
+
 def train_epoch(players, settings, x, y, epoch):
     """One pass over uint8 images x and labels y on the device, in whole batches, each split among the processes.
     Returns the mean outer loss."""
-    players.model.train()
+    training_mode(players.model, settings)
     rank, world = processes()
     batch_size = min(settings.batch_size, len(x))
     steps, order, total = len(x) // batch_size, torch.randperm(len(x), device=x.device), 0.0
@@ -376,6 +408,7 @@ def train_epoch(players, settings, x, y, epoch):
             group["lr"] = learning_rate(settings.lr, done, settings.schedule)
         strength = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
         total = total + train_step(players, settings, images, labels, strength)
+    players.model.bf16 = False
     average([total, *(buffer for buffer in players.model.buffers() if buffer.is_floating_point())])  # batch norm's
     return (total / steps).item()
 
@@ -477,8 +510,10 @@ def bench(args):
     jobs = {}
     for method in METHODS:
         settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, steps=args.steps,
-                            cell=args.cell, meta_images=args.meta_images, lr=1e-9)
+                            cell=args.cell, meta_images=args.meta_images, lr=1e-9, precision=args.precision,
+                            compile=args.compile)
         players = make_players(settings, x, device)
+        training_mode(players.model, settings)
         jobs[method] = lambda players=players, settings=settings: train_step(players, settings, images, y)
     model, optimizer, eps = players.model, players.optimizer, settings.eps  # the last method's, rnn-trades
     jobs["pgd"] = lambda: pgd(model, images, y, eps=eps, step_size=eps / 4, steps=args.steps)
@@ -577,6 +612,8 @@ def main(argv=None):
     sub.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")
     sub.add_argument("--meta-images", type=positive, help="images of the batch that the optimizer learns from")
     sub.add_argument("--epochs", type=positive, default=30, help="for the hours")
+    sub.add_argument("--precision", choices=("fp32", "bf16"), help="default: as in training")
+    sub.add_argument("--compile", choices=("no", "cell", "all"), help="default: as in training")
     sub.add_argument("--rounds", type=positive, default=5)
     sub.add_argument("--device", default="auto")
     sub.add_argument("--json", action="store_true")

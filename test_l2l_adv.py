@@ -21,7 +21,7 @@ from torch import nn
 import baselines
 from baselines import (MODELS, AdvTrain, InputError, Margin, SmallCNN, Trades, augment, cw_linf, evaluate, hold_out,
                        input_gradient, load_dataset, pgd, project, standard_attacks, to_unit)
-from l2l_adv import (METHODS, LearnedOptimizer, Settings, learned_attack, learning_rate, load_classifier, load_run, main,
+from l2l_adv import (METHODS, LearnedOptimizer, Settings, fused, learned_attack, learning_rate, load_classifier, load_run, main,
                      meta_objective, size, train_step_learned, train_step_pgd, unroll)
 
 HERE = Path(__file__).parent
@@ -745,6 +745,56 @@ def test_bench_prints_a_row_per_method(capsys):
         assert cost["hours"] == pytest.approx(cost["ms_per_image"] / 1000 / 3600 * 50_000 * 30)
     assert main(flags) is None
     assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[2:]] == [*METHODS, "pgd", "learned"]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "rnn"])
+def test_a_compiled_cell_gives_the_same_numbers(cell, monkeypatch):
+    # aot_eager traces forward and backward as on a GPU, and leaves out the slow part, generating code
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="aot_eager", fullgraph=True))
+    torch.manual_seed(0)
+    optimizer, x = LearnedOptimizer(cell=cell).double(), torch.rand(3, 1, 4, 4, dtype=torch.float64)
+    gradients = [torch.randn_like(x) for _ in range(4)]
+
+    def meta_gradient():
+        return torch.autograd.grad(meta_objective(optimizer, x, x, gradients, 0.1), list(optimizer.parameters()))
+
+    expected, keys = meta_gradient(), list(optimizer.state_dict())
+    optimizer.forward = fused(optimizer.forward)
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(meta_gradient(), expected))
+    assert list(optimizer.state_dict()) == keys
+
+
+def test_without_a_compiler_the_cell_runs_unfused_with_one_warning(monkeypatch, capsys):
+    def broken(function):
+        def call(*args):
+            raise RuntimeError("no compiler")
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    double = fused(lambda x: 2 * x)
+    assert [double(1), double(2)] == [2, 4]
+    assert capsys.readouterr().err.count("torch.compile does not work here (RuntimeError)") == 1
+
+
+def test_bf16_is_for_training_only(tiny, monkeypatch):
+    used = []
+    forward = SmallCNN.forward
+    monkeypatch.setattr(SmallCNN, "forward", lambda self, x: used.append((self.training, self.bf16)) or forward(self, x))
+    assert main([*tiny, "--method", "rnn-adv", "--precision", "bf16", "--out", "run"]) is None
+    modes = set(used)
+    assert (True, True) in modes and (False, False) in modes and (True, False) not in modes
+    assert used[-1] == (False, False)  # the last thing it does is to evaluate
+    weights = torch.load("run/last.pt", weights_only=True)["state_dict"]
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    model, x = SmallCNN(3), torch.rand(4, 3, 32, 32, requires_grad=True)
+    outputs = []
+    for model.bf16 in (False, True):
+        logits = model(x)
+        outputs.append((logits, torch.autograd.grad(logits[:, 0].sum(), x)[0]))
+        assert logits.dtype == outputs[-1][1].dtype == torch.float32
+    for fp32, bf16 in zip(*outputs):
+        assert not torch.equal(fp32, bf16) and F.cosine_similarity(fp32.flatten(), bf16.flatten(), dim=0) > 0.99
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------
