@@ -314,6 +314,8 @@ class SmallCNN(Classifier):
         for weight in self.parameters():
             if weight.dim() > 1:
                 nn.init.kaiming_normal_(weight, nonlinearity="relu")
+        with torch.no_grad():  # logits near 0 at first: with large ones the attack wins at once, and training never starts
+            self.layers[-1].weight.mul_(0.1)
 
 
 class VGG16(Classifier):

@@ -189,13 +189,12 @@ METHODS = {  # the paper's grid: an objective, and who maximises its inner loss
     "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-bls": (AdvTrain, "line search"),
     "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
 DEFAULTS = {  # of the settings that are left at None: by data set, then by model
-    "synthetic": {"model": "small", "eps": 8 / 255, "eps_warmup": 0.0, "epochs": 3},
-    "mnist": {"model": "small", "eps": 0.3, "eps_warmup": 0.5, "epochs": 5},
-    "cifar10": {"model": "vgg16", "eps": 8 / 255, "eps_warmup": 0.0, "epochs": 30},
-    "small": {"batch_size": 64, "meta_images": 16, "lr": 0.02},
-    "vgg16": {"batch_size": 128, "meta_images": 32, "lr": 0.05},
-    "resnet18": {"batch_size": 128, "meta_images": 32, "lr": 0.1},
-    "wrn34": {"batch_size": 128, "meta_images": 32, "lr": 0.1}}
+    "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3}, "mnist": {"model": "small", "eps": 0.3, "epochs": 5},
+    "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30},
+    "small": {"batch_size": 64, "meta_images": 16, "lr": 0.02, "eps_warmup": 0.5},
+    "vgg16": {"batch_size": 128, "meta_images": 32, "lr": 0.05, "eps_warmup": 0.0},
+    "resnet18": {"batch_size": 128, "meta_images": 32, "lr": 0.1, "eps_warmup": 0.0},
+    "wrn34": {"batch_size": 128, "meta_images": 32, "lr": 0.1, "eps_warmup": 0.0}}
 
 
 def size(text):
@@ -220,7 +219,7 @@ class Settings:
     data_dir: str = setting(None, str, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, then data/")
     limit: int = setting(None, int, "train on so many images; default all but the 1,000 held out")
     eps: float = setting(None, size, "radius of the attack in [0, 1] pixels, 8/255 or 0.031; default 8/255, mnist 0.3")
-    eps_warmup: float = setting(None, float, "share of the training in which eps grows from 0; default 0, mnist 0.5",
+    eps_warmup: float = setting(None, float, "share of the training in which eps grows from 0; default 0.5 for small, else 0",
                                 zero=True, most=1)
     steps: int = setting(10, int, "T, the inner steps")
     step_size: float = setting(None, size, "PGD's step; default eps/4, with line search its longest step, eps")
