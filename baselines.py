@@ -63,14 +63,15 @@ def processes():
     return 0, 1
 
 
-def check_images(x, y):
-    """Raise InputError unless x is a batch of images (B, C, H, W) in [0, 1] and y their classes, int64 (B,)."""
+def check_images(x, y, values=True):
+    """Raise InputError unless x is a batch of images (B, C, H, W) in [0, 1] and y their classes, int64 (B,).
+    values=False leaves out what a GPU could only answer by making the host wait."""
     if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
         raise InputError(f"images must be a float tensor (B, C, H, W), not {x.dtype} {tuple(x.shape)}")
-    if not (x.min() >= 0 and x.max() <= 1):
+    if values and not (x.min() >= 0 and x.max() <= 1):
         raise InputError(f"images must lie in [0, 1] but reach from {x.min():.3g} to {x.max():.3g}: "
                          "divide by 255, and normalise inside the model")
-    if y.shape != x.shape[:1] or y.dtype != torch.int64 or y.min() < 0:
+    if y.shape != x.shape[:1] or y.dtype != torch.int64 or values and y.min() < 0:
         raise InputError(f"labels must be {len(x)} class numbers, one per image: int64, not {y.dtype} {tuple(y.shape)}")
 
 
@@ -167,7 +168,6 @@ def input_gradient(model, x_adv, objective, target):
     return g, loss.detach()
 
 
-@torch.no_grad()
 def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaussian", line_search=False):
     """Projected gradient ascent on the objective's inner loss, x' ← Π(x' + step_size·sign(g))  [1].
 
@@ -177,9 +177,15 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
     """
     check_images(x, y)
     check_budget(eps, steps, step_size)
+    return sign_ascent(model, x, y, eps, step_size, steps, objective, start, line_search)
+
+
+@torch.no_grad()
+def sign_ascent(model, x, y, eps, step_size, steps, objective, start="gaussian", line_search=False):
+    """What pgd does once its input is checked."""
     with eval_mode(model):
         target = objective.target(model, x, y)
-        x_adv = start_point(x, eps, start)
+        x_adv = start_point(x, eps, start)  # (B, C, H, W), like g
         for _ in range(steps):
             g, loss = input_gradient(model, x_adv, objective, target)
             if line_search:

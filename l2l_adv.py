@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, eval_mode,
-                       evaluate, hold_out, input_gradient, load_dataset, pgd, processes, progress, project,
+                       evaluate, hold_out, input_gradient, load_dataset, pgd, processes, progress, project, sign_ascent,
                        standard_attacks, start_point, to_unit)
 
 
@@ -153,8 +153,11 @@ def descend(model, theta, objective, x, x_adv, y):
 
 
 def train_step_pgd(model, theta, x, y, *, eps, step_size, steps, objective=AdvTrain(), line_search=False):
-    """PGD finds x', θ descends on it: AdvTrain or TRADES. Returns the outer loss, a scalar tensor."""
-    x_adv = pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective, line_search=line_search)
+    """PGD finds x', θ descends on it: AdvTrain or TRADES. Arguments as for pgd; theta: the torch optimizer of the weights
+    of `model`. Returns the outer loss, a scalar tensor. Raises InputError."""
+    check_images(x, y, values=not x.is_cuda)  # no synchronisation within a training step
+    check_budget(eps, steps, step_size)
+    x_adv = sign_ascent(model, x, y, eps, step_size, steps, objective, line_search=line_search)
     return descend(model, theta, objective, x, x_adv, y)
 
 
@@ -166,7 +169,7 @@ def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, object
     many images of the batch, drawn at random (None: all): unbiased before clipping, and cheaper. x: (B, C, H, W) in
     [0, 1]; y: (B,). Returns the outer loss, a scalar tensor. Raises InputError.
     """
-    check_images(x, y)
+    check_images(x, y, values=not x.is_cuda)
     check_budget(eps, steps)
     x_0, gradients, x_adv = unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)
     loss = descend(model, theta, objective, x, x_adv.requires_grad_(), y)
@@ -529,7 +532,7 @@ def bench(args):
         print(json.dumps({"model": args.model, "batch_size": len(x), "steps": args.steps, "device": str(device),
                           "forward_ms_per_image": forward, "methods": costs, "attacks": attacks}))
         return
-    print(f"{args.model}, batch {len(x)}, T = {args.steps}, {args.cell}, φ learns from {settings.meta_images} images, "
+    print(f"{args.model}, batch {len(x)}, T = {args.steps}, {args.cell} learning from {settings.meta_images} images, "
           f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds\n"
           f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'/ floor':>9}{'peak MB':>9}{'hours':>8}   (floor: 2T+3 forward "
           f"passes; hours: {args.epochs} epochs of 50,000 images)")
@@ -605,7 +608,7 @@ def main(argv=None):
     sub.add_argument("--device", default="auto")
     sub.add_argument("--seed", type=int, default=0)
     sub = commands.add_parser("bench", help="what one training step of each method costs")
-    sub.add_argument("--model", choices=MODELS, default="vgg16", help="small is timed on MNIST's size, the others on 32×32")
+    sub.add_argument("--model", choices=MODELS, default="vgg16", help="small is timed on MNIST's size, the others on 32x32")
     sub.add_argument("--batch-size", type=positive, default=32)
     sub.add_argument("--steps", type=positive, default=10)
     sub.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")

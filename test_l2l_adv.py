@@ -816,6 +816,7 @@ def test_attacks_refuse_bad_input(change, words):
     x, y = call.pop("x"), call.pop("y")
     for attack in (lambda: pgd(model, x, y, **call, step_size=0.1), lambda: cw_linf(model, x, y, **call, step_size=0.1),
                    lambda: learned_attack(model, optimizer, x, y, **call),
+                   lambda: train_step_pgd(model, theta, x, y, **call, step_size=0.1),
                    lambda: train_step_learned(model, optimizer, theta, phi, x, y, **call)):
         with pytest.raises(ValueError, match=re.escape(words)):
             attack()
