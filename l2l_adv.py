@@ -13,7 +13,8 @@ hand-made steps; here a small recurrent network m_φ, the same for every pixel, 
       θ descends L(f_θ(x'_T), y)                                                     descend
 
 RNN-Adv takes cross-entropy for L; RNN-TRADES takes KL(f(x) ‖ f(x')) inside and CE(f(x), y) + β·KL outside
-(baselines.AdvTrain, baselines.Trades). What was there before the paper is in baselines.py.
+(baselines.AdvTrain, baselines.Trades). What was there before the paper is in baselines.py. Sections 1 to 3 are the
+paper; 4 is the training loop around it, 5 the command line.
 
     python l2l_adv.py train --method rnn-adv --dataset synthetic --model small --out runs/rnn-adv
     python l2l_adv.py eval runs/*
@@ -390,6 +391,7 @@ def record(out, settings, players, rows):
 
 
 def training_mode(model, settings):
+    """Batch statistics, and bf16 if that is set or the device is CUDA. `train_epoch` goes back to fp32 at its end."""
     model.train()
     model.bf16 = (settings.precision or ("bf16" if model.mean.is_cuda else "fp32")) == "bf16"
 
@@ -399,7 +401,7 @@ def train_epoch(players, settings, x, y, epoch):
     Returns the mean outer loss."""
     training_mode(players.model, settings)
     rank, world = processes()
-    batch_size = min(settings.batch_size, len(x))
+    batch_size = min(settings.batch_size, len(x)) // world * world
     steps, order, total = len(x) // batch_size, torch.randperm(len(x), device=x.device), 0.0
     for step in progress(range(steps), f"epoch {epoch + 1}"):
         batch = order[step * batch_size:(step + 1) * batch_size]
@@ -623,6 +625,8 @@ def main(argv=None):
     try:
         if args.command == "train":
             train(Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}))
+            if processes()[1] > 1:
+                torch.distributed.destroy_process_group()
         else:
             {"eval": evaluate_runs, "bench": bench}[args.command](args)
     except (InputError, OSError) as error:
