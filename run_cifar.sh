@@ -127,7 +127,7 @@ if [[ $DATASET == cifar10 && $cuda == 0 ]]; then
         # Milliseconds per training image and epoch, and per test image, measured on 2 cores with this model
         ms=0
         for method in $METHODS; do
-            case $method in plain) cost=1 ;; advtrain | trades) cost=9 ;; *) cost=18 ;; esac
+            case $method in plain) cost=1 ;; advtrain | trades) cost=9 ;; advtrain-bls) cost=18 ;; *) cost=13 ;; esac
             ms=$((ms + EPOCHS * (cost * (LIMIT ? LIMIT : 49000) + 8000) + 160 * (TEST_LIMIT ? TEST_LIMIT : 10000)))
         done
         echo "Estimate: $((ms / 60000 + 1)) minutes on 2 cores."
