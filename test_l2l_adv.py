@@ -376,7 +376,9 @@ def test_meta_gradient_equals_autograd_through_the_unrolled_losses(cell, objecti
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_one_learned_step_moves_both_players_along_their_own_gradients(objective):
+@pytest.mark.parametrize("at_once", [2 ** 16, 70])  # coordinates: all five images, or two by two
+def test_one_learned_step_moves_both_players_along_their_own_gradients(objective, at_once, monkeypatch):
+    monkeypatch.setattr("l2l_adv.COORDINATES_AT_ONCE", (at_once, at_once))
     model, x, y = problem()
     optimizer = big_steps("lstm")
     torch.manual_seed(7)
