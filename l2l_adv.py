@@ -597,7 +597,19 @@ def positive(text):
     return int(text)
 
 
+def keep_freed_memory():
+    """Tell glibc not to hand freed blocks back to the system, which would map them anew, page by page, at the next
+    operation: on 2 CPU cores a learned attack's cell ran 2.5 times slower that way. Elsewhere, do nothing."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD
+
+
 def main(argv=None):
+    keep_freed_memory()
     parser = Parser(prog="l2l_adv.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("train", help="train one classifier by one method")
