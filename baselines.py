@@ -304,6 +304,7 @@ class Classifier(nn.Module):
 
 
 def conv_bn(in_channels, out_channels, kernel=3, stride=1):
+    """A convolution that keeps the size (but for the stride), and batch norm."""
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False),
                          nn.BatchNorm2d(out_channels))
 
@@ -419,6 +420,7 @@ def load_dataset(name, data_dir=None):
 
 
 def data_root(name, data_dir=None):
+    """Where the files of "mnist" or "cifar10" are looked for."""
     return Path(data_dir or os.environ.get(f"{name.upper()}_DIR") or "data")
 
 
@@ -466,6 +468,7 @@ def read_idx(path, dims):
 
 
 def read_mnist(folder):
+    """The four idx files, gzipped or not → Dataset."""
     def part(name):
         x = read_idx(folder / f"{name}-images-idx3-ubyte", 3)[:, None]  # (N, 1, 28, 28)
         return check_records(x, read_idx(folder / f"{name}-labels-idx1-ubyte", 1).long(), folder)

@@ -320,6 +320,7 @@ def fused(function):
 
 
 def make_players(settings, x_train, device):
+    """Players of settings.method on the device, normalised like the uint8 images x_train (N, C, H, W)."""
     objective, maximiser = METHODS[settings.method]
     objective = Trades(settings.beta) if objective is Trades else objective()
     model = MODELS[settings.model](in_channels=x_train.shape[1])
@@ -609,6 +610,7 @@ def keep_freed_memory():
 
 
 def main(argv=None):
+    """The command line; returns 2 after one clear line for a user's mistake, else None."""
     keep_freed_memory()
     parser = Parser(prog="l2l_adv.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
