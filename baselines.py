@@ -172,8 +172,8 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
     """Projected gradient ascent on the objective's inner loss, x' ← Π(x' + step_size·sign(g))  [1].
 
     x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. Returns x' like x, within eps of it.
-    line_search: find the step by backtracking instead, step_size being the longest one tried (paper, Section 3: with
-    such steps PGD is a better maximiser). Raises InputError for inputs outside [0, 1] or a budget that makes no sense.
+    line_search: find the step by backtracking instead, step_size being the longest one tried (the paper's
+    evidence that PGD with one fixed step is not the best maximiser). Raises InputError for inputs outside [0, 1] or a budget that makes no sense.
     """
     check_images(x, y)
     check_budget(eps, steps, step_size)

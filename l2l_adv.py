@@ -185,7 +185,7 @@ def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, object
     phi.zero_grad()
     few = meta_images is not None and meta_images < len(x)
     some = (torch.randperm if few else torch.arange)(len(x), device=x.device)[:meta_images]
-    for part in some.split(max(1, COORDINATES_AT_ONCE[x.device.type == "cuda"] // x[0].numel())):
+    for part in some.split(max(1, COORDINATES_AT_ONCE[x.is_cuda] // x[0].numel())):
         gain = meta_objective(optimizer, x[part], x_0[part], [g[part] for g in gradients], eps)
         (-gain * len(part) / len(some)).backward()
     average([p.grad for p in optimizer.parameters()])
@@ -275,9 +275,8 @@ class Settings:
 
 def pick_device(name):
     """The torch device called `name`; "auto" is CUDA where there is one, and under torchrun each process's own."""
-    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, above all in evaluation
     try:
         return torch.empty(0, device=name).device
@@ -360,16 +359,16 @@ def train(settings):
     device, out = pick_device(settings.device), Path(settings.out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and processes() == (0, 1):  # started by torchrun
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    first = processes()[0] == 0  # the only process that prints and writes
-    if settings.batch_size % processes()[1]:
-        raise InputError(f"batch_size {settings.batch_size} does not split into {processes()[1]} equal parts")
+    rank, world = processes()  # rank 0 is the only one that prints and writes
+    if settings.batch_size % world:
+        raise InputError(f"batch_size {settings.batch_size} does not split into {world} equal parts")
     if any((out / name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
         raise InputError(f"{out} holds a run already: choose another --out, or delete it")
     (x, y), (x_held_out, y_held_out) = hold_out(load_dataset(settings.dataset, settings.data_dir), settings.limit)
     x, y, x_held_out, y_held_out = (tensor.to(device) for tensor in (x, y, to_unit(x_held_out), y_held_out))
     torch.manual_seed(settings.seed)  # the same in every process: each makes the same players and draws the same batches
     players, attack = make_players(settings, x, device), {"pgd-10": standard_attacks(settings.eps)["pgd-10"]}
-    if first:
+    if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         print(f"{settings.method}, {settings.dataset} ({len(x)} images), {settings.model}, eps = {settings.eps * 255:g}/255"
               f", T = {settings.steps}, seed {settings.seed}, {device}; accuracy in % on {len(x_held_out)} held-out images\n"
@@ -381,7 +380,7 @@ def train(settings):
         accuracy = evaluate(players.model, x_held_out, y_held_out, attack, label="held out:")
         rows.append({"epoch": epoch + 1, "loss": loss, "natural": accuracy["natural"], "pgd-10": accuracy["pgd-10"],
                      "seconds": round(time.time() - start, 1)})
-        if first:
+        if rank == 0:
             record(out, settings, players, rows)
     return rows
 

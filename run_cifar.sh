@@ -64,10 +64,16 @@ l2l() { "$python" "$here/l2l_adv.py" "$@"; }
 # ---- Settings --------------------------------------------------------------------------------------------------------
 METHODS=${METHODS:-plain advtrain trades rnn-adv rnn-trades}
 DEVICE=${DEVICE:-auto} SEED=${SEED:-0}
-cuda=$("$python" -c 'import sys, torch; print(int(sys.argv[1] != "cpu" and torch.cuda.is_available()))' "$DEVICE")
+facts=$(PYTHONPATH=$here "$python" - "$DEVICE" <<'FACTS'
+import sys, torch, baselines, l2l_adv
+print(int(sys.argv[1] != "cpu" and torch.cuda.is_available()), int(baselines.find_dataset("cifar10") is not None),
+      *l2l_adv.METHODS)
+FACTS
+)
+read -r cuda found known <<<"$facts"
 [[ -n ${METHODS// /} ]] || fail "METHODS is empty"
 for method in $METHODS; do
-    [[ " plain advtrain advtrain-bls trades rnn-adv rnn-trades " == *" $method "* ]] || fail "unknown method '$method'"
+    [[ " $known " == *" $method "* ]] || fail "unknown method '$method'"
 done
 if [[ $DATASET == synthetic ]]; then
     MODEL=${MODEL:-small} EPOCHS=${EPOCHS:-3} LIMIT=${LIMIT:-0} TEST_LIMIT=${TEST_LIMIT:-300}
@@ -108,8 +114,7 @@ finally:
 DOWNLOAD
 }
 
-if [[ $DATASET == cifar10 ]] &&
-    ! PYTHONPATH=$here "$python" -c 'import sys, baselines; sys.exit(baselines.find_dataset("cifar10") is None)'; then
+if [[ $DATASET == cifar10 && $found == 0 ]]; then
     [[ -z ${CIFAR10_DIR:-} ]] || fail "no CIFAR-10 in CIFAR10_DIR=$CIFAR10_DIR: it should hold data_batch_1.bin …"
     echo "Downloading CIFAR-10 (163 MB) to data/"
     advice="unpack cifar-10-binary.tar.gz into $PWD/data, or set CIFAR10_DIR; or try --synthetic, which needs no data"

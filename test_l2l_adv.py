@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import baselines
 from baselines import (MODELS, AdvTrain, InputError, Margin, SmallCNN, Trades, augment, cw_linf, evaluate, hold_out,
-                       input_gradient, load_dataset, pgd, project, standard_attacks, to_unit)
+                       input_gradient, load_dataset, pgd, project, to_unit)
 from l2l_adv import (METHODS, LearnedOptimizer, Settings, fused, learned_attack, learning_rate, load_classifier, load_run, main,
                      meta_objective, size, train_step_learned, train_step_pgd, unroll)
 
