@@ -209,44 +209,56 @@ def backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size, trial
     return x_new
 
 
-def cw_linf(model, x, y, *, eps, step_size, steps):
+def cw_linf(model, x, y, *, eps, step_size, steps, start="gaussian"):
     """PGD on Carlini & Wagner's margin loss, the C&W-∞ attack of the field's tables  [3]. Arguments as for pgd."""
-    return pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=Margin())
+    return pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=Margin(), start=start)
+
+
+def worst_of(attacks):
+    """One attack made of several: of the points x' that they reach, each image's with the largest margin loss, which is
+    above 0 where the model errs. So an image survives if it survives them all."""
+    def attack(model, x, y):
+        worst, highest = x, torch.full_like(y, -math.inf, dtype=x.dtype)
+        for one in attacks:
+            x_adv = one(model, x, y)
+            with eval_mode(model), torch.no_grad():
+                margin = Margin().inner_loss(model(x_adv), y)  # (B,)
+            better = ~(margin <= highest) & ~highest.isnan()  # NaN is taken and kept, for `outcome` to refuse
+            worst = torch.where(better[:, None, None, None], x_adv, worst)
+            highest = torch.where(better, margin, highest)
+        return worst
+    return attack
 
 
 # ---- 4. Evaluation --------------------------------------------------------------------------------------------------
 
-def standard_attacks(eps):
-    """The paper's attacks, {name: callable(model, x, y) → x_adv}: PGD-10, PGD-100 and C&W-∞-100, all with step eps/4."""
-    def of(attack, steps):
-        return lambda model, x, y: attack(model, x, y, eps=eps, step_size=eps / 4, steps=steps)
-    return {"pgd-10": of(pgd, 10), "pgd-100": of(pgd, 100), "cw-100": of(cw_linf, 100)}
-
-
-def evaluate(model, x, y, attacks, batch_size=256, worst_only=False, label=""):
+def evaluate(model, x, y, attacks, batch_size=256, worst_only=False, label="", losses=False):
     """Accuracies in [0, 1]: {"natural": …, each attack's name: …, "worst": …}.
 
     x: (N, C, H, W) in [0, 1]; y: (N,); attacks: {name: callable(model, x, y) → x_adv}. "worst" counts the images that
     are classified correctly as they are and under every attack; it is at most the lowest column, and the number to quote.
     worst_only: an image once broken is not attacked again, and only "natural" and "worst" are returned.
+    losses: return a second dictionary too, the mean cross-entropy at x' of the same columns, which ranks the attacks as
+    maximisers. Raises InputError.
     """
     check_images(x, y)
-    survives = correct(model, x, y, None, batch_size, f"{label} natural")
-    accuracy = {"natural": survives.double().mean().item()}
+    survives, natural_loss = outcome(model, x, y, None, batch_size, f"{label} natural")
+    accuracy, loss = {"natural": survives.double().mean().item()}, {"natural": natural_loss.mean().item()}
     for name, attack in attacks.items():
         tried = survives if worst_only else torch.ones_like(survives)
         right = torch.zeros_like(survives)
-        right[tried] = correct(model, x[tried], y[tried], attack, batch_size, f"{label} {name}")
+        right[tried], reached = outcome(model, x[tried], y[tried], attack, batch_size, f"{label} {name}")
         survives = survives & right
         if not worst_only:
-            accuracy[name] = right.double().mean().item()
-    return {**accuracy, "worst": survives.double().mean().item()}
+            accuracy[name], loss[name] = right.double().mean().item(), reached.mean().item()
+    accuracy["worst"] = survives.double().mean().item()
+    return (accuracy, loss) if losses else accuracy
 
 
-def correct(model, x, y, attack, batch_size, label=""):
-    """Which images (N,) the model gets right after `attack` (None: as they are). An attack that returns anything but
-    images in [0, 1] is refused: NaN would pass for a perfect attack."""
-    right = torch.zeros_like(y, dtype=torch.bool)
+def outcome(model, x, y, attack, batch_size=256, label=""):
+    """Which images the model gets right after `attack` (None: as they are), and their cross-entropy there; (N,) each. An
+    attack that returns anything but images in [0, 1] is refused: NaN would pass for a perfect attack."""
+    right, loss = torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=x.dtype)
     with eval_mode(model):
         for i in progress(range(0, len(x), batch_size), label):
             xb, yb = x[i:i + batch_size], y[i:i + batch_size]
@@ -254,8 +266,10 @@ def correct(model, x, y, attack, batch_size, label=""):
             if x_adv.shape != xb.shape or not (x_adv.min() >= 0 and x_adv.max() <= 1):
                 raise InputError(f"the attack{label} returned something other than images in [0, 1]")
             with torch.no_grad():
-                right[i:i + batch_size] = model(x_adv).argmax(1) == yb
-    return right
+                logits = model(x_adv)
+            right[i:i + batch_size] = logits.argmax(1) == yb
+            loss[i:i + batch_size] = F.cross_entropy(logits, yb, reduction="none")
+    return right, loss
 
 
 def progress(items, label):

@@ -25,7 +25,6 @@ import ctypes
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -36,9 +35,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, eval_mode,
+from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, cw_linf, eval_mode,
                        evaluate, hold_out, input_gradient, load_dataset, pgd, processes, progress, project, sign_ascent,
-                       standard_attacks, start_point, to_unit)
+                       start_point, to_unit, worst_of)
 
 
 # ---- 1. The learned optimizer m_φ -----------------------------------------------------------------------------------
@@ -88,11 +87,11 @@ class LearnedOptimizer(nn.Module):
 # ---- 2. The learned inner maximiser, and the gradient of φ for free -------------------------------------------------
 
 @torch.no_grad()
-def unroll(model, optimizer, x, y, *, eps, steps, objective):
+def unroll(model, optimizer, x, y, *, eps, steps, objective, start="gaussian"):
     """T steps of the learned optimizer from a fresh state. Returns x'_0, [g_0 … g_{T−1}] and x'_T, each (B, C, H, W)."""
     with eval_mode(model):
         target = objective.target(model, x, y)
-        x_0 = x_adv = start_point(x, eps)
+        x_0 = x_adv = start_point(x, eps, start)
         state, gradients = None, []
         for _ in range(steps):
             g, _ = input_gradient(model, x_adv, objective, target)
@@ -102,7 +101,7 @@ def unroll(model, optimizer, x, y, *, eps, steps, objective):
     return x_0, gradients, x_adv
 
 
-def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain()):
+def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(), start="gaussian"):
     """The learned optimizer as an attack, a drop-in for pgd: `steps` gradients of `model`, none of its own.
 
     x: (B, C, H, W) in [0, 1]; y: (B,); eps in [0, 1] pixel scale. Returns x' like x, within eps of it. Raises InputError.
@@ -111,7 +110,7 @@ def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(
         raise InputError(f"the learned attack needs a LearnedOptimizer, not {optimizer!r}: take it from an rnn- run")
     check_images(x, y)
     check_budget(eps, steps)
-    return unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)[2]
+    return unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective, start=start)[2]
 
 
 def meta_objective(optimizer, x, x_0, gradients, eps):
@@ -167,21 +166,9 @@ def train_step_pgd(model, theta, x, y, *, eps, step_size, steps, objective=AdvTr
 COORDINATES_AT_ONCE = 2 ** 16, 2 ** 19  # CPU, GPU
 
 
-def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, objective=AdvTrain(),
-                       meta_images=None):
-    """The learned optimizer finds x'; from the same unroll φ ascends and θ descends: RNN-Adv or RNN-TRADES.
-
-    theta, phi: torch optimizers of the weights of `model` and of `optimizer`. meta_images: estimate φ's gradient from so
-    many images of the batch, drawn at random (None: all): unbiased before clipping, and cheaper. x: (B, C, H, W) in
-    [0, 1]; y: (B,). Returns the outer loss, a scalar tensor. Raises InputError.
-    """
-    check_images(x, y, values=not x.is_cuda)
-    check_budget(eps, steps)
-    x_0, gradients, x_adv = unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)
-    loss = descend(model, theta, objective, x, x_adv.requires_grad_(), y)
-    # g_T comes with θ's own backward pass, for nothing. It is taken in the model's training mode, g_0 … g_{T−1} in eval
-    # mode: where there is batch norm, g_T uses the batch's statistics, and so holds x'_T's effect on the other images.
-    gradients.append(x_adv.grad * (len(x) / objective.beta))
+def ascend(optimizer, phi, x, x_0, gradients, eps, meta_images=None):
+    """φ ascends the meta-objective of one unroll. phi: φ's torch optimizer; meta_images: estimate the gradient from so
+    many images of the batch, drawn at random (None: all): unbiased before clipping, and cheaper."""
     phi.zero_grad()
     few = meta_images is not None and meta_images < len(x)
     some = (torch.randperm if few else torch.arange)(len(x), device=x.device)[:meta_images]
@@ -191,7 +178,42 @@ def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, object
     average([p.grad for p in optimizer.parameters()])
     nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
     phi.step()
+
+
+def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, objective=AdvTrain(),
+                       meta_images=None):
+    """The learned optimizer finds x'; from the same unroll φ ascends and θ descends: RNN-Adv or RNN-TRADES.
+
+    theta, phi: torch optimizers of the weights of `model` and of `optimizer`; meta_images: see `ascend`. x: (B, C, H, W)
+    in [0, 1]; y: (B,). Returns the outer loss, a scalar tensor. Raises InputError.
+    """
+    check_images(x, y, values=not x.is_cuda)
+    check_budget(eps, steps)
+    x_0, gradients, x_adv = unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)
+    loss = descend(model, theta, objective, x, x_adv.requires_grad_(), y)
+    # g_T comes with θ's own backward pass, for nothing. It is taken in the model's training mode, g_0 … g_{T−1} in eval
+    # mode: where there is batch norm, g_T uses the batch's statistics, and so holds x'_T's effect on the other images.
+    g_T = x_adv.grad * (len(x) / objective.beta)
+    ascend(optimizer, phi, x, x_0, [*gradients, g_T], eps, meta_images)
     return loss
+
+
+def train_optimizer(model, data, *, eps, steps=10, objective=AdvTrain(), optimizer=None, lr=0.01):
+    """Train φ alone, against a classifier that stays as it is: a learned attack on any model.
+
+    data: an iterable of batches x (B, C, H, W) in [0, 1], y (B,), such as a DataLoader: one update of φ each. optimizer:
+    the LearnedOptimizer to go on with; default a new one. lr: Adam's. Returns it, in eval mode. Raises InputError.
+    """
+    check_budget(eps, steps)
+    optimizer = (optimizer or LearnedOptimizer()).to(next(model.parameters()).device)
+    phi = torch.optim.Adam(optimizer.parameters(), lr)
+    for x, y in data:
+        check_images(x, y)
+        x_0, gradients, x_adv = unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)
+        with eval_mode(model):
+            g_T, _ = input_gradient(model, x_adv, objective, objective.target(model, x, y))
+        ascend(optimizer, phi, x, x_0, [*gradients, g_T], eps)
+    return optimizer.eval()
 
 
 # ---- 4. The training loop -------------------------------------------------------------------------------------------
@@ -367,7 +389,7 @@ def train(settings):
     (x, y), (x_held_out, y_held_out) = hold_out(load_dataset(settings.dataset, settings.data_dir), settings.limit)
     x, y, x_held_out, y_held_out = (tensor.to(device) for tensor in (x, y, to_unit(x_held_out), y_held_out))
     torch.manual_seed(settings.seed)  # the same in every process: each makes the same players and draws the same batches
-    players, attack = make_players(settings, x, device), {"pgd-10": standard_attacks(settings.eps)["pgd-10"]}
+    players, attack = make_players(settings, x, device), {"pgd-10": named_attack("pgd-10", settings.eps)}
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         print(f"{settings.method}, {settings.dataset} ({len(x)} images), {settings.model}, eps = {settings.eps * 255:g}/255"
@@ -486,104 +508,76 @@ def load_runs(args, device):
     return runs
 
 
+STANDARD_ATTACKS = "pgd-10", "pgd-100", "cw-100", "learned-10"  # the paper's
+
+
+def named_attack(name, eps, optimizer=None, restarts=1):
+    """pgd-N, cw-N (both with steps of eps/4), learned-N → callable(model, x, y) → x', after N steps, as `evaluate` takes
+    it. Its first start is the paper's, further ones are uniform in the ball. On cross-entropy whatever φ was trained on:
+    that is the stronger attack. Raises InputError."""
+    kind, _, steps = name.partition("-")
+    if kind not in ("pgd", "cw", "learned") or not steps.isdecimal() or int(steps) == 0:
+        raise InputError(f"unknown attack {name!r}: write pgd-10, cw-100 or learned-10, with any number of steps")
+    budget = {"eps": eps, "steps": int(steps)}
+
+    def attack(start):
+        if kind == "learned":
+            return lambda model, x, y: learned_attack(model, optimizer, x, y, **budget, start=start)
+        by_hand = {"pgd": pgd, "cw": cw_linf}[kind]
+        return lambda model, x, y: by_hand(model, x, y, **budget, step_size=eps / 4, start=start)
+
+    return worst_of([attack("gaussian"), *[attack("uniform")] * (restarts - 1)])
+
+
+def autoattack(eps, seed):
+    """AutoAttack (Croce & Hein 2020) of the torchattacks package, as `evaluate` takes it. Raises InputError without it."""
+    try:
+        from torchattacks import AutoAttack
+    except ImportError:
+        raise InputError("--autoattack needs the torchattacks package: python3 -m pip install torchattacks") from None
+    return lambda model, x, y: AutoAttack(model, eps=eps, seed=seed)(x, y)
+
+
 def evaluate_runs(args):
-    """A table on stdout, a row per run; the same numbers in each run's eval.json."""
+    """A table on stdout, a row per run; the same numbers in each run's eval.json. With --sanity, results/sanity.py."""
     device = pick_device(args.device)
     runs = load_runs(args, device)
     settings = runs[0][-1]
     eps = settings.eps if args.eps is None else args.eps
     check_budget(eps, 1)
+    columns = list(dict.fromkeys(args.attacks or STANDARD_ATTACKS))
+    package = {"autoattack": autoattack(eps, args.seed)} if args.autoattack else {}
+    for label, _, _, optimizer, _ in runs:
+        for name in columns:
+            named_attack(name, eps)
+            if args.attacks and name.startswith("learned") and optimizer is None:
+                raise InputError(f"{label} has no learned optimizer, so no {name}: leave out the run or the attack")
     data = load_dataset(settings.dataset, args.data_dir or settings.data_dir)
-    x, y = to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device)
-    columns = ["natural", "worst"] if args.worst_only else ["natural", *standard_attacks(eps), "learned-10", "worst"]
-    width = max(len(run[0]) for run in runs) + 2
-    print(f"{settings.dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, "
-          f"attack seed {args.seed}; accuracy in %\n{'run':{width}} {'model':9}" + "".join(f"{c:>11}" for c in columns))
+    limit = args.limit or (256 if args.sanity else None)
+    x, y = to_unit(data.x_test[:limit]).to(device), data.y_test[:limit].to(device)
+    seeds = ", ".join(str(seed) for seed in sorted({run[-1].seed for run in runs}))
+    heading = (f"{settings.dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, "
+               f"training seed {seeds}, attack seed {args.seed}" + f", {args.restarts} restarts" * (args.restarts > 1))
+    if args.sanity:
+        from results.sanity import print_checks
+        return print_checks(heading, runs, x, y, eps, args)
+    shown = ["natural", *([] if args.worst_only else columns + list(package)), "worst"]
+    width = max(len("  mean loss"), *(len(run[0]) for run in runs)) + 2
+    print(f"{heading}; accuracy in %, below it the mean cross-entropy\n{'run':{width}}{'model':9}"
+          + "".join(f"{name:>11}" for name in shown))
     for label, folder, model, optimizer, s in runs:
-        attacks = standard_attacks(eps)
-        if optimizer is not None:  # on cross-entropy whatever it was trained on: that is the stronger attack
-            attacks["learned-10"] = lambda model, x, y: learned_attack(model, optimizer, x, y, eps=eps, steps=10)
+        attacks = {name: named_attack(name, eps, optimizer, args.restarts) for name in columns
+                   if optimizer is not None or not name.startswith("learned")} | package
         torch.manual_seed(args.seed)
-        accuracy = evaluate(model, x, y, attacks, args.batch_size, args.worst_only, label)
-        result = {"run": label, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps,
-                  "images": len(x), "checkpoint": args.checkpoint, "seed": args.seed, "accuracy": accuracy}
+        accuracy, loss = evaluate(model, x, y, attacks, args.batch_size, args.worst_only, label, losses=True)
+        result = {"run": label, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps, "images": len(x),
+                  "checkpoint": args.checkpoint, "training_seed": s.seed, "seed": args.seed, "restarts": args.restarts,
+                  "attacks": list(attacks), "accuracy": accuracy, "loss": loss}
         write_whole(folder / "eval.json", lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
-        cells = (f"{100 * accuracy[c]:11.2f}" if c in accuracy else f"{'-':>11}" for c in columns)
-        print(f"{label:{width}} {s.model:9}" + "".join(cells), flush=True)
-
-
-def bench(args):
-    """What one training step of each method costs, and the attacks alone; a table or, with --json, one object."""
-    device = pick_device(args.device)
-    dataset, channels, side = ("mnist", 1, 28) if args.model == "small" else ("cifar10", 3, 32)
-    x = torch.randint(0, 256, (args.batch_size, channels, side, side), device=device).byte()
-    y, images = torch.randint(0, 10, (len(x),), device=device), to_unit(x)
-    jobs = {}
-    for method in METHODS:
-        settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, steps=args.steps,
-                            cell=args.cell, meta_images=args.meta_images, lr=1e-9, precision=args.precision,
-                            compile=args.compile)
-        players = make_players(settings, x, device)
-        training_mode(players.model, settings)
-        jobs[method] = lambda players=players, settings=settings: train_step(players, settings, images, y)
-    model, optimizer, eps = players.model, players.optimizer, settings.eps  # the last method's, rnn-trades
-    jobs["pgd"] = lambda: pgd(model, images, y, eps=eps, step_size=eps / 4, steps=args.steps)
-    jobs["learned"] = lambda: learned_attack(model, optimizer, images, y, eps=eps, steps=args.steps)
-    jobs["forward"] = torch.no_grad()(lambda: model(images))
-    seconds, peaks = measure(jobs, args.rounds, device)
-    costs = {name: {"ms_per_image": 1000 * s / len(x), "peak_mb": peaks[name]} for name, s in seconds.items()}
-    forward, attacks = costs.pop("forward")["ms_per_image"], {name: costs.pop(name) for name in ("pgd", "learned")}
-    for cost in costs.values():
-        cost["ratio"] = cost["ms_per_image"] / costs["advtrain"]["ms_per_image"]
-        cost["floor_ratio"] = cost["ms_per_image"] / ((2 * args.steps + 3) * forward)
-        cost["hours"] = cost["ms_per_image"] * 50_000 * args.epochs / 3.6e6
-    if args.json:
-        print(json.dumps({"model": args.model, "batch_size": len(x), "steps": args.steps, "device": str(device),
-                          "forward_ms_per_image": forward, "methods": costs, "attacks": attacks}))
-        return
-    print(f"{args.model}, batch {len(x)}, T = {args.steps}, {args.cell} learning from {settings.meta_images} images, "
-          f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds\n"
-          f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'/ floor':>9}{'peak MB':>9}{'hours':>8}   (floor: 2T+3 forward "
-          f"passes; hours: {args.epochs} epochs of 50,000 images)")
-    for name, c in costs.items():
-        print(f"{name:14}{c['ms_per_image']:10.3f}{c['ratio']:12.2f}{c['floor_ratio']:9.2f}{c['peak_mb'] or math.nan:9.0f}"
-              f"{c['hours']:8.1f}")
-    for name, c in attacks.items():
-        print(f"{name + ' alone':14}{c['ms_per_image']:10.3f}{'':21}{c['peak_mb'] or math.nan:9.0f}")
-
-
-def measure(jobs, rounds, device):
-    """Median seconds of each job, in turn over several rounds after a warm-up one; and, from that one, its peak memory:
-    MB above what was in use before, as torch counts on CUDA, and elsewhere of the process (None if unknown)."""
-    cuda = device.type == "cuda"
-    sync = torch.cuda.synchronize if cuda else lambda: None
-    seconds, peaks = {name: [] for name in jobs}, {}
-    for turn in progress(range(rounds + 1), "bench"):
-        for name, job in jobs.items():
-            before = None if turn else memory(cuda, reset=True)
-            sync()
-            start = time.perf_counter()
-            job()
-            sync()
-            seconds[name].append(time.perf_counter() - start)
-            if turn == 0:
-                peaks[name] = None if before is None else (memory(cuda) - before) / 2 ** 20
-    return {name: statistics.median(s[1:]) for name, s in seconds.items()}, peaks
-
-
-def memory(cuda, reset=False):
-    """Peak memory in bytes since the last reset."""
-    if cuda:
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    try:  # Linux: hand freed memory back, and let the high-water mark of the resident memory start anew
-        if reset:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    except (OSError, AttributeError, IndexError):
-        return None
+        print(f"{label:{width}}{s.model:9}" + "".join(f"{100 * accuracy[name]:11.2f}" if name in accuracy else f"{'-':>11}"
+                                                      for name in shown))
+        print(f"{'  mean loss':{width + 9}}" + "".join(f"{loss[name]:11.4f}" if name in loss else f"{'-':>11}"
+                                                       for name in shown[:-1]), flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -622,10 +616,15 @@ def main(argv=None):
     sub = commands.add_parser("eval", help="one table, a row per run")
     sub.add_argument("runs", nargs="+", help="run folders")
     sub.add_argument("--checkpoint", choices=("best", "last"), default="best")
-    sub.add_argument("--limit", type=positive, help="only the first so many test images")
+    sub.add_argument("--limit", type=positive, help="only the first so many test images; default all, with --sanity 256")
     sub.add_argument("--batch-size", type=positive, default=256)
     sub.add_argument("--eps", type=size, help="default: the one trained with")
+    sub.add_argument("--attacks", type=lambda text: text.split(","), metavar="NAME,NAME",
+                     help=f"pgd-N, cw-N, learned-N with N steps; default {','.join(STANDARD_ATTACKS)}")
+    sub.add_argument("--restarts", type=positive, default=1, help="of each attack; an image must survive them all")
+    sub.add_argument("--autoattack", action="store_true", help="a further column, by the torchattacks package")
     sub.add_argument("--worst-only", action="store_true", help="skip what is broken already: faster, only the last column")
+    sub.add_argument("--sanity", action="store_true", help="instead of the table: is the gradient masked?")
     sub.add_argument("--data-dir")
     sub.add_argument("--device", default="auto")
     sub.add_argument("--seed", type=int, default=0)
@@ -647,8 +646,11 @@ def main(argv=None):
             train(Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}))
             if processes()[1] > 1:
                 torch.distributed.destroy_process_group()
+        elif args.command == "eval":
+            evaluate_runs(args)
         else:
-            {"eval": evaluate_runs, "bench": bench}[args.command](args)
+            from results.bench import bench
+            bench(args)
     except (InputError, OSError) as error:
         print(f"l2l_adv.py: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines import (MODELS, AdvTrain, InputError, Margin, SmallCNN, Trades, augment, cw_linf, evaluate, hold_out,
-                       input_gradient, load_dataset, pgd, project, to_unit)
-from l2l_adv import (METHODS, LearnedOptimizer, Settings, fused, learned_attack, learning_rate, load_classifier, load_run, main,
-                     meta_objective, size, train_step_learned, train_step_pgd, unroll)
+from baselines import (MODELS, AdvTrain, InputError, Margin, SmallCNN, Trades, augment, cw_linf, eval_mode, evaluate,
+                       hold_out, input_gradient, load_dataset, pgd, project, to_unit, worst_of)
+from l2l_adv import (METHODS, LearnedOptimizer, Settings, fused, learned_attack, learning_rate, load_classifier, load_run,
+                     main, meta_objective, named_attack, size, train_optimizer, train_step_learned, train_step_pgd, unroll)
+from results.sanity import checks, not_above
 
 torch.set_num_threads(1)  # the problems are so small that threads would only wait for each other
 HERE = Path(__file__).parent
@@ -243,6 +245,47 @@ def test_evaluate_counts_by_hand_and_spares_what_is_broken():
     for broken in (lambda m, x, y: x * float("nan"), lambda m, x, y: x + 1, lambda m, x, y: x[:, :1]):
         with pytest.raises(InputError, match="returned something other"):
             evaluate(model, x, y, {"broken": broken})
+    nan = lambda m, x, y: x * float("nan")
+    for attacks in ([nan], [nan, by["a"]], [by["a"], nan]):
+        with pytest.raises(InputError, match="returned something other"):
+            evaluate(model, x, y, {"broken": worst_of(attacks)})
+
+
+def test_evaluate_gives_the_mean_cross_entropy_each_attack_reached():
+    model, x, y = problem(batch=11, dtype=torch.float32)
+    accuracy, loss = evaluate(model, x, y, {"invert": lambda m, x, y: 1 - x}, batch_size=4, losses=True)
+    assert accuracy == evaluate(model, x, y, {"invert": lambda m, x, y: 1 - x})
+    assert loss == pytest.approx({"natural": F.cross_entropy(model(x), y).item(),
+                                  "invert": F.cross_entropy(model(1 - x), y).item()}, rel=1e-5)
+
+
+def test_the_worst_of_several_attacks_leaves_what_survives_all():
+    model, x, y = problem(batch=30, dtype=torch.float32)
+    attacks = [lambda m, x, y, k=k: (x + k * torch.linspace(-1, 1, 32).view(2, 4, 4)).clamp(0, 1) for k in (0, 1, -1)]
+    margins = torch.stack([Margin().inner_loss(model(attack(model, x, y)), y) for attack in attacks])
+    x_adv = worst_of(attacks)(model, x, y)
+    assert torch.equal(Margin().inner_loss(model(x_adv), y), margins.amax(0))
+    assert len(set(margins.argmax(0).tolist())) == 3  # each attack is the best one for some image
+    right = torch.stack([model(attack(model, x, y)).argmax(1) == y for attack in attacks]).all(0)
+    assert torch.equal(model(x_adv).argmax(1) == y, right)
+
+
+def test_named_attacks_are_the_ones_they_name():
+    model, x, y = problem(dtype=torch.float32)
+    optimizer, by_hand = big_steps("lstm").float(), dict(eps=0.1, step_size=0.025)
+    for name, expected in (("pgd-3", lambda start: pgd(model, x, y, **by_hand, steps=3, start=start)),
+                           ("cw-12", lambda start: cw_linf(model, x, y, **by_hand, steps=12, start=start)),
+                           ("learned-5", lambda start: learned_attack(model, optimizer, x, y, eps=0.1, steps=5, start=start))):
+        torch.manual_seed(0)
+        once = named_attack(name, 0.1, optimizer)(model, x, y)
+        torch.manual_seed(0)
+        assert torch.equal(once, expected("gaussian"))
+        torch.manual_seed(0)
+        twice = named_attack(name, 0.1, optimizer, restarts=2)(model, x, y)
+        torch.manual_seed(0)
+        starts = [expected("gaussian"), expected("uniform")]
+        margins = torch.stack([Margin().inner_loss(model(x_adv), y) for x_adv in starts])
+        assert torch.equal(Margin().inner_loss(model(twice), y), margins.amax(0))
 
 
 # ---- The learned optimizer -------------------------------------------------------------------------------------------
@@ -473,6 +516,28 @@ def test_trained_optimizer_beats_every_pgd_on_hidden_curvature():
     assert math.log(2) - loss(learned_attack(model, optimizer, x, y, eps=0.1)) < 0.75 * (math.log(2) - best)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_train_optimizer_follows_autograd_through_a_frozen_classifier(objective):
+    model, x, y = problem(batch_norm=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = big_steps("lstm")
+    expected = [w.detach().clone().requires_grad_() for w in optimizer.parameters()]
+    adam = torch.optim.Adam(expected, 0.003)
+    torch.manual_seed(1)
+    with eval_mode(model):
+        losses, _ = weighted_losses(model, optimizer, x, y, 0.1, 3, objective)
+    for w, g in zip(expected, torch.autograd.grad(-losses, list(optimizer.parameters()))):
+        w.grad = g
+    nn.utils.clip_grad_norm_(expected, 1.0)
+    adam.step()
+    torch.manual_seed(1)
+    got = train_optimizer(model, iter([(x, y)]), eps=0.1, steps=3, objective=objective, optimizer=optimizer, lr=0.003)
+    assert got is optimizer and all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got.parameters(), expected))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()) and model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert isinstance(train_optimizer(model.float(), [(x.float(), y)], eps=0.1), LearnedOptimizer)
+
+
 # ---- Classifiers and data --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, millions", [("small", 0.31), ("vgg16", 14.7), ("resnet18", 11.2), ("wrn34", 46.2)])
@@ -640,14 +705,18 @@ def test_every_method_trains_and_is_evaluated(tiny, tmp_path, capsys, method):
     assert [row["epoch"] for row in rows] == [1, 2] and all(math.isfinite(row["loss"]) for row in rows)
     capsys.readouterr()
     assert main(["eval", "runs/one", "--limit", "4", "--batch-size", "3"]) is None
-    header, columns, row = capsys.readouterr().out.splitlines()
-    assert "eps = 8/255" in header and "first 4 test images" in header and row.split()[0] == "one"
-    accuracy = json.loads(Path("runs/one/eval.json").read_text())["accuracy"]
+    header, columns, row, losses = capsys.readouterr().out.splitlines()
+    for words in ("eps = 8/255", "first 4 test images", "best checkpoint", "training seed 0", "attack seed 0"):
+        assert words in header
+    assert row.split()[0] == "one"
+    accuracy, loss = (json.loads(Path("runs/one/eval.json").read_text())[key] for key in ("accuracy", "loss"))
     learned = ["learned-10"] if method.startswith("rnn") else []
     assert list(accuracy) == ["natural", "pgd-10", "pgd-100", "cw-100", *learned, "worst"]
     assert accuracy["worst"] <= min(accuracy.values())
-    for name, text in zip(columns.split()[2:], row.split()[2:]):
+    assert list(loss) == list(accuracy)[:-1]
+    for name, text, below in zip(columns.split()[2:], row.split()[2:], [*losses.split()[2:], None]):
         assert text == (f"{100 * accuracy[name]:.2f}" if name in accuracy else "-")
+        assert name == "worst" or below == (f"{loss[name]:.4f}" if name in loss else "-")
     start = MODELS["small"](3).state_dict()
     weights = torch.load("runs/one/last.pt", weights_only=True)
     assert weights["state_dict"].keys() == start.keys() and weights["settings"]["eps"] == 8 / 255
@@ -933,7 +1002,96 @@ def test_eval_refuses_runs_that_do_not_belong_in_one_table(tiny, capsys):
     assert main(["eval", "a", "--eps", "0"]) == 2 and "eps must be" in capsys.readouterr().err
     assert main(["eval", "a", "b", "--limit", "2", "--eps", "2/255", "--worst-only"]) is None
     rows = capsys.readouterr().out.splitlines()
-    assert "eps = 2/255" in rows[0] and rows[1].split() == ["run", "model", "natural", "worst"] and len(rows) == 4
+    assert "eps = 2/255" in rows[0] and rows[1].split() == ["run", "model", "natural", "worst"] and len(rows) == 6
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--attacks", "fgsm"], "unknown attack 'fgsm'"), (["--attacks", "pgd-0"], "unknown attack 'pgd-0'"),
+    (["--attacks", "pgd-10,"], "unknown attack ''"), (["--attacks", "learned-10"], "plain has no learned optimizer"),
+    (["--restarts", "0"], "--restarts"), (["--batch-size", "0"], "--batch-size"), (["--limit", "many"], "--limit"),
+    (["--autoattack"], "pip install torchattacks"), (["--eps", "x"], "--eps"), (["--checkpoint", "first"], "--checkpoint"),
+])
+def test_eval_refuses_bad_input_in_one_line(tiny, capsys, monkeypatch, flags, words):
+    monkeypatch.setitem(sys.modules, "torchattacks", None)  # as if it were not installed
+    main([*tiny, "--method", "plain", "--epochs", "1", "--out", "plain"])
+    capsys.readouterr()
+    try:
+        status = main(["eval", "plain", "--limit", "2", *flags])
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    captured = capsys.readouterr()
+    assert status == 2 and words in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not Path("plain/eval.json").exists()
+
+
+# ---- Evidence: attacks by name, other people's attacks, checks for gradient masking ----------------------------------
+
+def test_eval_runs_the_attacks_it_is_asked_for(tiny, capsys, monkeypatch):
+    class AutoAttack:  # stands for the one of torchattacks
+        def __init__(self, model, eps, seed):
+            assert not model.training and (eps, seed) == (8 / 255, 5)
+
+        def __call__(self, x, y):
+            return 1 - x
+
+    monkeypatch.setitem(sys.modules, "torchattacks", types.SimpleNamespace(AutoAttack=AutoAttack))
+    main([*tiny, "--method", "rnn-adv", "--epochs", "1", "--seed", "4", "--out", "run"])
+    capsys.readouterr()
+    flags = ["--attacks", "learned-3,pgd-2", "--restarts", "2", "--autoattack", "--checkpoint", "last", "--seed", "5"]
+    assert main(["eval", "run", "--limit", "6", *flags]) is None
+    header, columns, *_ = capsys.readouterr().out.splitlines()
+    assert columns.split()[2:] == ["natural", "learned-3", "pgd-2", "autoattack", "worst"]
+    for words in ("last checkpoint", "training seed 4", "attack seed 5", "2 restarts"):
+        assert words in header
+    result = json.loads(Path("run/eval.json").read_text())
+    x, y = to_unit(load_dataset("cifar10").x_test[:6]), load_dataset("cifar10").y_test[:6]
+    model = load_classifier("run/last.pt")
+    assert result["accuracy"]["autoattack"] == (model(1 - x).argmax(1) == y).sum().item() / 6
+    assert result["loss"]["autoattack"] == pytest.approx(F.cross_entropy(model(1 - x), y).item(), rel=1e-4)
+    assert result["restarts"] == 2 and result["attacks"] == ["learned-3", "pgd-2", "autoattack"]
+
+
+def test_differences_within_a_coin_s_noise_are_not_held_against_a_model():
+    a = torch.zeros(100, dtype=torch.bool)
+    b = a.clone()
+    a[:4] = True  # 4 of 4 differing images: two standard deviations
+    assert not_above(a, b) and not_above(b, a)
+    a[4] = True
+    assert not not_above(a, b) and not_above(b, a)
+
+
+class Masked(nn.Module):
+    """Classifies by the mean pixel, behind a rounding that lets no gradient through."""
+
+    def forward(self, x):
+        rounded = (x * 8).round() / 8 + 0 * x
+        return (rounded.flatten(1).mean(1, keepdim=True) - 0.5) * torch.tensor([[-9.0, 9.0]])
+
+
+def test_sanity_checks_pass_an_open_model_and_fail_a_masked_one():
+    torch.manual_seed(0)
+    x = torch.rand(64, 1, 4, 4)
+    y = (x.flatten(1).mean(1) > 0.5).long()
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with torch.no_grad():
+        linear[1].weight.copy_(torch.tensor([[-9 / 16], [9 / 16]]).expand(2, 16))
+        linear[1].bias.copy_(torch.tensor([4.5, -4.5]))
+    passed = {name: ok for name, ok, _ in checks(linear, x, y, 0.1, {"masked": Masked()})}
+    assert len(passed) == 6 and all(passed.values())
+    failed = {name: numbers for name, ok, numbers in checks(Masked(), x, y, 0.1, {"linear": linear}) if not ok}
+    assert {name.split()[0] for name in failed} == {"random", "accuracy", "at", "PGD-10"}
+    assert failed["at most 1 % of the images have an all-zero gradient"] == "100.00 %"
+
+
+def test_eval_sanity_prints_a_line_for_each_check(tiny, capsys):
+    for out in ("a", "b"):
+        main([*tiny, "--method", "plain", "--epochs", "1", "--out", out])
+    capsys.readouterr()
+    assert main(["eval", "a", "b", "--sanity", "--limit", "4"]) is None
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert "eps = 8/255" in header and len(lines) == 14 and lines[0].startswith("a (plain") and "made on b" in lines[6]
+    assert all(re.match(r"  (pass|FAIL)  .*: .*\d", line) for line in lines[1:7] + lines[8:])
+    assert not Path("a/eval.json").exists()
 
 
 # ---- What the README shows -------------------------------------------------------------------------------------------
