@@ -76,13 +76,13 @@ def check_images(x, y, values=True):
 
 
 def check_budget(eps, steps, step_size=1.0):
-    """Raise InputError unless 0 < eps < 1, steps is a positive whole number and step_size > 0."""
+    """Raise InputError unless 0 < eps < 1, steps is a positive whole number and 0 < step_size <= 1."""
     if not (isinstance(eps, Real) and 0 < eps < 1):
         raise InputError(f"eps must be above 0 and below 1 (pixels are in [0, 1]; write 8/255), not {eps!r}")
     if not (isinstance(steps, Integral) and steps >= 1):
         raise InputError(f"steps must be a positive whole number, not {steps!r}")
-    if not (isinstance(step_size, Real) and 0 < step_size < float("inf")):
-        raise InputError(f"step_size must be above 0, not {step_size!r}")
+    if not (isinstance(step_size, Real) and 0 < step_size <= 1):
+        raise InputError(f"step_size must be above 0 and at most 1 (pixels are in [0, 1]), not {step_size!r}")
 
 
 # ---- 2. Objectives: θ descends the outer loss, x' ascends the inner one; any inner maximiser works with any of them 
@@ -242,6 +242,8 @@ def evaluate(model, x, y, attacks, batch_size=256, worst_only=False, label="", l
     maximisers. Raises InputError.
     """
     check_images(x, y)
+    if not (isinstance(batch_size, Integral) and batch_size >= 1):
+        raise InputError(f"batch_size must be a positive whole number, not {batch_size!r}")
     survives, natural_loss = outcome(model, x, y, None, batch_size, f"{label} natural")
     accuracy, loss = {"natural": survives.double().mean().item()}, {"natural": natural_loss.mean().item()}
     for name, attack in attacks.items():
@@ -465,7 +467,7 @@ def read_bytes(path):
     """The file's bytes, unpacked if its name ends in .gz."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            return file.read()
+            return file.read(2 ** 30)  # far more than either data set has: a file that unpacks to more is not one of them
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
@@ -535,7 +537,7 @@ def read_pickle(path):
         with open(path, "rb") as file:
             batch = InertUnpickler(file, encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        array, labels = batch["data"], torch.tensor(batch["labels"])
+        array, labels = batch["data"], torch.tensor([int(label) for label in batch["labels"]])
         raw = array.state[-1] if isinstance(array.state[-1], bytes) else array.args[0]
         pixels = torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(len(labels), 3, 32, 32).copy())
     except Exception as error:  # a damaged pickle can raise anything

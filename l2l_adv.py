@@ -9,7 +9,7 @@ hand-made steps; here a small recurrent network m_φ, the same for every pixel, 
         g_t = ∇_x' L(f_θ(x'_t), y)                                                   baselines.input_gradient
         δ_t, h_{t+1} = m_φ(g_t, h_t)                                                 LearnedOptimizer.forward
         x'_{t+1} = Π(x'_t + δ_t)                                                     baselines.project
-      φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t                              meta_objective, train_step_learned
+      φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t                              meta_objective, ascend
       θ descends L(f_θ(x'_T), y)                                                     descend
 
 RNN-Adv takes cross-entropy for L; RNN-TRADES takes KL(f(x) ‖ f(x')) inside and CE(f(x), y) + β·KL outside
@@ -22,22 +22,32 @@ paper; 4 is the training loop around it, 5 the command line.
 """
 import argparse
 import ctypes
+import io
 import json
 import math
 import os
+import signal
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings in one folder would go unnoticed
+    fcntl = None
 
 import torch
 from torch import nn
 
-from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, cw_linf, eval_mode,
-                       evaluate, hold_out, input_gradient, load_dataset, pgd, processes, progress, project, sign_ascent,
-                       start_point, to_unit, worst_of)
+from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, cw_linf,
+                       eval_mode, evaluate, hold_out, input_gradient, load_dataset, outcome, pgd, processes, progress,
+                       project, sign_ascent, start_point, to_unit, worst_of)
 
 
 # ---- 1. The learned optimizer m_φ -----------------------------------------------------------------------------------
@@ -141,24 +151,41 @@ def average(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 
+class NotFinite(ArithmeticError):
+    """A loss or a gradient is NaN or infinite; it has not reached any weight."""
+
+
+def update(loss, theta=None, phi=None):
+    """Each player moves along its gradient, φ's clipped to norm 1; or, where anything is not finite, none: NotFinite."""
+    norms = [nn.utils.clip_grad_norm_([p for group in player.param_groups for p in group["params"]], longest)
+             for player, longest in ((theta, math.inf), (phi, 1.0)) if player]
+    names = ["the loss", *["the gradient of theta"] * bool(theta), *["the gradient of phi"] * bool(phi)]
+    for name, value in zip(names, torch.stack([loss, *norms]).tolist()):  # a step's only wait for the GPU, at its end
+        if not math.isfinite(value):
+            raise NotFinite(f"{name} is not finite ({value})")
+    for player in filter(None, (theta, phi)):
+        player.step()
+
+
 def descend(model, theta, objective, x, x_adv, y):
-    """θ descends the outer loss at x' (B, C, H, W), in the model's own mode. theta: θ's torch optimizer. Returns the
+    """θ's gradient: of the outer loss at x' (B, C, H, W), in the model's own mode. theta: θ's torch optimizer. Returns the
     loss, a scalar; and if x' asks for its gradient, x'.grad is beta / B times that of the inner loss."""
     theta.zero_grad()
     loss = objective.outer_loss(model, x, x_adv, y)
     loss.backward()
-    average([p.grad for p in model.parameters() if p.grad is not None])
-    theta.step()
-    return loss.detach()
+    average([loss := loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    return loss
 
 
 def train_step_pgd(model, theta, x, y, *, eps, step_size, steps, objective=AdvTrain(), line_search=False):
     """PGD finds x', θ descends on it: AdvTrain or TRADES. Arguments as for pgd; theta: the torch optimizer of the weights
-    of `model`. Returns the outer loss, a scalar tensor. Raises InputError."""
+    of `model`. Returns the outer loss, a scalar tensor. Raises InputError, NotFinite."""
     check_images(x, y, values=not x.is_cuda)  # no synchronisation within a training step
     check_budget(eps, steps, step_size)
     x_adv = sign_ascent(model, x, y, eps, step_size, steps, objective, line_search=line_search)
-    return descend(model, theta, objective, x, x_adv, y)
+    loss = descend(model, theta, objective, x, x_adv, y)
+    update(loss, theta)
+    return loss
 
 
 # φ's graph is built for a few images at a time. On a CPU larger blocks of memory would be mapped anew at every operation:
@@ -167,8 +194,8 @@ COORDINATES_AT_ONCE = 2 ** 16, 2 ** 19  # CPU, GPU
 
 
 def ascend(optimizer, phi, x, x_0, gradients, eps, meta_images=None):
-    """φ ascends the meta-objective of one unroll. phi: φ's torch optimizer; meta_images: estimate the gradient from so
-    many images of the batch, drawn at random (None: all): unbiased before clipping, and cheaper."""
+    """φ's gradient, upwards: of the meta-objective of one unroll. phi: φ's torch optimizer; meta_images: estimate it from
+    so many images of the batch, drawn at random (None: all): unbiased before clipping, and cheaper."""
     phi.zero_grad()
     few = meta_images is not None and meta_images < len(x)
     some = (torch.randperm if few else torch.arange)(len(x), device=x.device)[:meta_images]
@@ -176,8 +203,6 @@ def ascend(optimizer, phi, x, x_0, gradients, eps, meta_images=None):
         gain = meta_objective(optimizer, x[part], x_0[part], [g[part] for g in gradients], eps)
         (-gain * len(part) / len(some)).backward()
     average([p.grad for p in optimizer.parameters()])
-    nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
-    phi.step()
 
 
 def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, objective=AdvTrain(),
@@ -185,7 +210,7 @@ def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, object
     """The learned optimizer finds x'; from the same unroll φ ascends and θ descends: RNN-Adv or RNN-TRADES.
 
     theta, phi: torch optimizers of the weights of `model` and of `optimizer`; meta_images: see `ascend`. x: (B, C, H, W)
-    in [0, 1]; y: (B,). Returns the outer loss, a scalar tensor. Raises InputError.
+    in [0, 1]; y: (B,). Returns the outer loss, a scalar tensor. Raises InputError, NotFinite.
     """
     check_images(x, y, values=not x.is_cuda)
     check_budget(eps, steps)
@@ -195,6 +220,7 @@ def train_step_learned(model, optimizer, theta, phi, x, y, *, eps, steps, object
     # mode: where there is batch norm, g_T uses the batch's statistics, and so holds x'_T's effect on the other images.
     g_T = x_adv.grad * (len(x) / objective.beta)
     ascend(optimizer, phi, x, x_0, [*gradients, g_T], eps, meta_images)
+    update(loss, theta, phi)
     return loss
 
 
@@ -202,7 +228,7 @@ def train_optimizer(model, data, *, eps, steps=10, objective=AdvTrain(), optimiz
     """Train φ alone, against a classifier that stays as it is: a learned attack on any model.
 
     data: an iterable of batches x (B, C, H, W) in [0, 1], y (B,), such as a DataLoader: one update of φ each. optimizer:
-    the LearnedOptimizer to go on with; default a new one. lr: Adam's. Returns it, in eval mode. Raises InputError.
+    the LearnedOptimizer to go on with; default a new one. lr: Adam's. Returns it, in eval mode. Raises InputError, NotFinite.
     """
     check_budget(eps, steps)
     optimizer = (optimizer or LearnedOptimizer()).to(next(model.parameters()).device)
@@ -211,8 +237,9 @@ def train_optimizer(model, data, *, eps, steps=10, objective=AdvTrain(), optimiz
         check_images(x, y)
         x_0, gradients, x_adv = unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)
         with eval_mode(model):
-            g_T, _ = input_gradient(model, x_adv, objective, objective.target(model, x, y))
+            g_T, loss = input_gradient(model, x_adv, objective, objective.target(model, x, y))
         ascend(optimizer, phi, x, x_0, [*gradients, g_T], eps)
+        update(loss.mean(), phi=phi)
     return optimizer.eval()
 
 
@@ -238,7 +265,8 @@ def size(text):
     return float(numerator) / float(denominator or 1)
 
 
-def setting(default, kind, help, choices=None, zero=False, most=math.inf):
+def setting(default, kind, help, choices=None, zero=False, most=None):
+    most = most or (10 ** 9 if kind is int else math.inf)
     return field(default=default, metadata=dict(kind=kind, help=help, choices=choices, zero=zero, most=most))
 
 
@@ -258,7 +286,7 @@ class Settings:
     step_size: float = setting(None, size, "PGD's step; default eps/4, with line search its longest step, eps")
     beta: float = setting(6.0, float, "weight of TRADES' robust term")
     cell: str = setting("lstm", str, "the learned optimizer's recurrent cell", ("lstm", "rnn"))
-    hidden_size: int = setting(10, int, "its state per coordinate")
+    hidden_size: int = setting(10, int, "its state per coordinate", most=1000)
     meta_lr: float = setting(0.01, float, "learning rate of the learned optimizer (Adam)")
     meta_images: int = setting(None, int, "images of each batch that it learns from; default 16 for small, else 32")
     epochs: int = setting(None, int, "passes over the training images; default 3, mnist 5, cifar10 30")
@@ -269,7 +297,7 @@ class Settings:
     precision: str = setting(None, str, "of the classifier in training; default bf16 on CUDA, else fp32", ("fp32", "bf16"))
     compile: str = setting(None, str, "what torch.compile fuses; all is cell and classifier; default cell on CUDA, else no",
                            ("no", "cell", "all"))
-    seed: int = setting(0, int, "of everything random", zero=True, most=2 ** 63)
+    seed: int = setting(0, int, "of everything random", zero=True, most=2 ** 63 - 1)
     device: str = setting("auto", str, "auto (cuda where there is one), cpu, cuda, cuda:1")
 
     def __post_init__(self):
@@ -301,9 +329,11 @@ def pick_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, above all in evaluation
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
-        raise InputError(f"no device {name!r} here: auto, cpu, cuda or cuda:N") from None
+        if torch.device(name).type in ("cpu", "cuda"):
+            return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError):
+        pass
+    raise InputError(f"no device {name!r} here: auto, cpu, cuda or cuda:N")
 
 
 def learning_rate(peak, done, schedule):
@@ -364,7 +394,9 @@ def train_step(players, settings, x, y, strength=1.0):
     objective, model, theta, optimizer, phi = players
     maximiser, eps = METHODS[settings.method][1], strength * settings.eps
     if maximiser is None:
-        return descend(model, theta, objective, x, x, y)
+        loss = descend(model, theta, objective, x, x, y)
+        update(loss, theta)
+        return loss
     if maximiser == "learned":
         return train_step_learned(model, optimizer, theta, phi, x, y, eps=eps, steps=settings.steps,
                                   objective=objective, meta_images=max(1, settings.meta_images // processes()[1]))
@@ -372,11 +404,23 @@ def train_step(players, settings, x, y, strength=1.0):
                           objective=objective, line_search=maximiser == "line search")
 
 
-def train(settings):
+@dataclass
+class Run:
+    """How far a training is: with settings, players and random state all that it takes to go on."""
+    rows: list = field(default_factory=list)  # of the log, one per finished epoch
+    step: int = 0  # steps done of the epoch under way
+    order: torch.Tensor = None  # its order of the images, (N,)
+    total: torch.Tensor = None  # the sum of its losses
+    seconds: float = 0.0  # the time it took
+
+
+def train(settings, resume=False, checkpoint_every=10.0):
     """Train by settings.method; a row per epoch on stdout and, as JSON, in the run's folder. Returns the rows.
 
     best.pt is chosen by accuracy under PGD-10 (for `plain`, natural accuracy) on held-out training images, never on
-    test images. Raises InputError before anything is written.
+    test images. resume: go on from last.pt if there is one; on a CPU this ends in the same weights, bit for bit, as
+    a training that was never interrupted. checkpoint_every: minutes between savings within an epoch. Raises InputError
+    before anything is written; NotFinite; KeyboardInterrupt once last.pt is saved.
     """
     device, out = pick_device(settings.device), Path(settings.out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and processes() == (0, 1):  # started by torchrun
@@ -384,39 +428,61 @@ def train(settings):
     rank, world = processes()  # rank 0 is the only one that prints and writes
     if settings.batch_size % world:
         raise InputError(f"batch_size {settings.batch_size} does not split into {world} equal parts")
-    if any((out / name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
-        raise InputError(f"{out} holds a run already: choose another --out, or delete it")
-    (x, y), (x_held_out, y_held_out) = hold_out(load_dataset(settings.dataset, settings.data_dir), settings.limit)
-    x, y, x_held_out, y_held_out = (tensor.to(device) for tensor in (x, y, to_unit(x_held_out), y_held_out))
+    if not (isinstance(checkpoint_every, Real) and checkpoint_every > 0):
+        raise InputError(f"checkpoint_every must be a number of minutes above 0, not {checkpoint_every!r}")
+    saved = earlier_training(settings, resume)
+    if saved and len(saved["training"]["run"]["rows"]) == settings.epochs:
+        print(f"{out} is finished: {settings.epochs} epochs of {settings.method}")
+        return saved["training"]["run"]["rows"]
+    data = hold_out(load_dataset(settings.dataset, settings.data_dir), settings.limit)
+    (x, y), held_out = ([images.to(device), labels.to(device)] for images, labels in data)
     torch.manual_seed(settings.seed)  # the same in every process: each makes the same players and draws the same batches
-    players, attack = make_players(settings, x, device), {"pgd-10": named_attack("pgd-10", settings.eps)}
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"{settings.method}, {settings.dataset} ({len(x)} images), {settings.model}, eps = {settings.eps * 255:g}/255"
-              f", T = {settings.steps}, seed {settings.seed}, {device}; accuracy in % on {len(x_held_out)} held-out images\n"
-              f"{'epoch':>5} {'loss':>9} {'natural':>9} {'pgd-10':>9} {'seconds':>9}", flush=True)
-    rows = []
-    for epoch in range(settings.epochs):
-        start = time.time()
-        loss = train_epoch(players, settings, x, y, epoch)
-        accuracy = evaluate(players.model, x_held_out, y_held_out, attack, label="held out:")
-        rows.append({"epoch": epoch + 1, "loss": loss, "natural": accuracy["natural"], "pgd-10": accuracy["pgd-10"],
-                     "seconds": round(time.time() - start, 1)})
+    players = make_players(settings, x, device)
+    run = restore(saved, players, settings) if saved else Run()
+    with locked(out) if rank == 0 else nullcontext():
+        keep = partial(save_last, out, settings, players) if rank == 0 else lambda run: None
         if rank == 0:
-            record(out, settings, players, rows)
-    return rows
+            print(f"{settings.method}, {settings.dataset} ({len(x)} images), {settings.model}, eps = {settings.eps * 255:g}"
+                  f"/255, T = {settings.steps}, seed {settings.seed}, {device}; accuracy in % on {len(held_out[0])} held-out "
+                  f"images\n{'epoch':>5} {'loss':>9} {'natural':>9} {'pgd-10':>9} {'seconds':>9}", flush=True)
+        while len(run.rows) < settings.epochs:
+            loss = train_epoch(players, settings, x, y, run, keep, 60 * checkpoint_every)
+            start = time.time()
+            scores = held_out_scores(players, *held_out, settings.eps)
+            seconds = round(run.seconds + time.time() - start, 1)
+            run = Run([*run.rows, {"epoch": len(run.rows) + 1, "loss": loss, **scores, "seconds": seconds}])
+            if rank == 0:
+                record(out, settings, players, run)
+    return run.rows
 
 
-def record(out, settings, players, rows):
+def held_out_scores(players, x, y, eps):
+    """Accuracies on the held-out images, uint8 (N, C, H, W), and the mean cross-entropy that PGD-10 and, where there is
+    one, the learned optimizer reach on the first 256."""
+    x, few = to_unit(x), slice(256)
+    natural, _ = outcome(players.model, x, y, None, label="held out: natural")
+    robust, loss = outcome(players.model, x, y, named_attack("pgd-10", eps), label="held out: pgd-10")
+    scores = {"natural": natural.double().mean().item(), "pgd-10": robust.double().mean().item(),
+              "pgd-10 loss": loss[few].mean().item()}
+    if players.optimizer:
+        learned = named_attack("learned-10", eps, players.optimizer)
+        scores["learned-10 loss"] = outcome(players.model, x[few], y[few], learned)[1].mean().item()
+    return scores
+
+
+def record(out, settings, players, run):
     """Print and log the last row; save last.pt, and best.pt if that row is the best so far."""
-    row, score = rows[-1], "natural" if settings.method == "plain" else "pgd-10"
+    row, score = run.rows[-1], "natural" if settings.method == "plain" else "pgd-10"
     print("{epoch:5} {loss:9.4f} {0:9.2f} {1:9.2f} {seconds:9.1f}".format(
         100 * row["natural"], 100 * row["pgd-10"], **row), flush=True)
-    if all(row[score] > earlier[score] for earlier in rows[:-1]):
-        save(out / "best.pt", settings, players, row)
-    save(out / "last.pt", settings, players, row)
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps(row) + "\n")
+    weaker = [row.get("learned-10 loss", math.inf) < 0.99 * row["pgd-10 loss"] for row in run.rows[-2:]]
+    if all(weaker) and len(weaker) == 2:  # at an epoch's start and at its end
+        print("      warning: phi stalls, its 10 steps reach a loss of {learned-10 loss:.4f} and PGD's {pgd-10 loss:.4f}"
+              .format(**row), flush=True)
+    if all(row[score] > earlier[score] for earlier in run.rows[:-1]):
+        save(out / "best.pt", settings, players, run)
+    write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.rows).encode())
+    save_last(out, settings, players, run)  # comes last: what is done again after a kill is all of this
 
 
 def training_mode(model, settings):
@@ -425,41 +491,161 @@ def training_mode(model, settings):
     model.bf16 = (settings.precision or ("bf16" if model.mean.is_cuda else "fp32")) == "bf16"
 
 
-def train_epoch(players, settings, x, y, epoch):
-    """One pass over uint8 images x and labels y on the device, in whole batches, each split among the processes.
-    Returns the mean outer loss."""
+def train_epoch(players, settings, x, y, run, keep, keep_every):
+    """The rest of an epoch over uint8 images x and labels y on the device, in whole batches, each split among the
+    processes; keep(run) every so many seconds, at Ctrl-C and at the end. Returns the mean outer loss."""
     training_mode(players.model, settings)
     rank, world = processes()
     batch_size = min(settings.batch_size, len(x)) // world * world
-    steps, order, total = len(x) // batch_size, torch.randperm(len(x), device=x.device), 0.0
-    for step in progress(range(steps), f"epoch {epoch + 1}"):
-        batch = order[step * batch_size:(step + 1) * batch_size]
-        images = augment(x[batch]) if settings.dataset == "cifar10" else x[batch]
-        images, labels = to_unit(images.chunk(world)[rank]), y[batch].chunk(world)[rank]
-        done = (epoch + (step + 0.5) / steps) / settings.epochs  # of the whole training, in (0, 1)
-        for group in players.theta.param_groups:
-            group["lr"] = learning_rate(settings.lr, done, settings.schedule)
-        strength = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
-        total = total + train_step(players, settings, images, labels, strength)
+    steps, epoch = len(x) // batch_size, len(run.rows)
+    if run.step == 0:
+        run.order, run.total = torch.randperm(len(x), device=x.device), torch.zeros((), device=x.device)
+    start, kept = time.time() - run.seconds, run.seconds
+    with ctrl_c_asks() as asked:
+        for step in progress(range(run.step, steps), f"epoch {epoch + 1}"):
+            batch = run.order[step * batch_size:(step + 1) * batch_size]
+            images = augment(x[batch]) if settings.dataset == "cifar10" else x[batch]
+            images, labels = to_unit(images.chunk(world)[rank]), y[batch].chunk(world)[rank]
+            done = (epoch + (step + 0.5) / steps) / settings.epochs  # of the whole training, in (0, 1)
+            for group in players.theta.param_groups:
+                group["lr"] = learning_rate(settings.lr, done, settings.schedule)
+            strength = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
+            try:
+                run.total += train_step(players, settings, images, labels, strength)
+            except NotFinite as error:
+                last = Path(settings.out, "last.pt")
+                raise NotFinite(f"{settings.method}, epoch {epoch + 1}, step {step + 1}: {error}; " + (
+                    f"{last} is from before it" if last.exists() else "nothing was saved before it")) from None
+            run.step, run.seconds = step + 1, time.time() - start
+            if asked or run.seconds - kept >= keep_every:
+                keep(run)
+                kept = run.seconds
+            if asked:
+                raise KeyboardInterrupt
     players.model.bf16 = False
-    average([total, *(buffer for buffer in players.model.buffers() if buffer.is_floating_point())])  # batch norm's
-    return (total / steps).item()
+    average([run.total, *(buffer for buffer in players.model.buffers() if buffer.is_floating_point())])  # batch norm's
+    keep(run)
+    return (run.total / steps).item()
 
 
-def save(path, settings, players, row):
-    """Write a checkpoint: tensors and plain values, nothing that needs unpickling of code."""
+@contextmanager
+def ctrl_c_asks():
+    """Inside, the first Ctrl-C does not interrupt: it makes the list that is yielded true. The second one does."""
+    asked = []
+
+    def ask(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Checkpoints: tensors and plain values, nothing that needs unpickling of code
+
+def save(path, settings, players, run, **more):
+    """Write the checkpoint of both players, and more."""
     checkpoint = {"state_dict": players.model.state_dict(),
                   "learned_optimizer": players.optimizer and players.optimizer.state_dict(),
-                  "settings": asdict(settings), "held_out": row}
-    write_whole(path, lambda file: torch.save(checkpoint, file))
+                  "settings": asdict(settings), "held_out": run.rows[-1] if run.rows else None, **more}
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_whole(path, buffer.getbuffer())
 
 
-def write_whole(path, write):
-    """write(file) beside `path`, then rename: no half-written file ever stands at `path`."""
+def save_last(out, settings, players, run):
+    """Write last.pt: the players, and all that it takes to go on."""
+    cuda = players.model.mean.is_cuda
+    save(out / "last.pt", settings, players, run, training={
+        "run": vars(run), "theta": players.theta.state_dict(), "phi": players.phi and players.phi.state_dict(),
+        "random": torch.get_rng_state(), "random_cuda": torch.cuda.get_rng_state(players.model.mean.device) if cuda else None})
+
+
+def earlier_training(settings, resume):
+    """The checkpoint to go on from, None where there is none. Raises InputError if there is one and `resume` is false, or
+    if it is of other settings."""
+    last = Path(settings.out, "last.pt")
+    if not resume and any(last.with_name(name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
+        raise InputError(f"{last.parent} holds a run already: go on with it by --resume, or choose another --out")
+    if not last.exists():
+        return None
+    with reading(last):
+        saved = dict(torch.load(last, map_location="cpu", weights_only=True))
+        before, now, _ = saved["settings"], asdict(settings), Run(**saved["training"]["run"])
+        differing = [f"{key} was {before[key]} and is {now[key]}" for key in now
+                     if key not in ("out", "data_dir") and before[key] != now[key]]
+    if differing:
+        raise InputError(f"{last.parent} cannot be resumed with other settings: {'; '.join(differing)}")
+    return saved
+
+
+def restore(saved, players, settings):
+    """Give the players and the random generators the state that save_last wrote. Returns the Run."""
+    training, model = saved["training"], players.model
+    with reading(Path(settings.out) / "last.pt"):
+        model.load_state_dict(saved["state_dict"])
+        players.theta.load_state_dict(training["theta"])
+        if players.optimizer:
+            players.optimizer.load_state_dict(saved["learned_optimizer"])
+            players.phi.load_state_dict(training["phi"])
+        torch.set_rng_state(training["random"])
+        if model.mean.is_cuda:
+            torch.cuda.set_rng_state(training["random_cuda"], model.mean.device)
+        run = Run(**training["run"])
+        if run.step:
+            run.order, run.total = run.order.to(model.mean.device), run.total.to(model.mean.device)
+    return run
+
+
+@contextmanager
+def reading(file):
+    """Whatever goes wrong inside is the checkpoint's fault: a foreign or damaged file can raise anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        raise InputError(f"{file} is not a checkpoint of l2l_adv, or is damaged ({reason})") from None
+
+
+@contextmanager
+def locked(folder):
+    """Make the folder, and keep other trainings out of it while this process is in here, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"another training is at work in {folder}: wait for its end, or choose another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        for half_written in folder.glob("*.tmp"):  # by a training that was killed
+            half_written.unlink()
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+
+
+def write_whole(path, data):
+    """Write bytes beside `path`, then rename: no half-written file ever stands at `path`, even if the machine dies."""
     beside = Path(f"{path}.tmp")
     try:
-        write(beside)
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -471,7 +657,7 @@ def load_run(path, which="best", device="cpu"):
     file = path / f"{which}.pt" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{path} is not a run: {file} is missing")
-    try:
+    with reading(file):
         checkpoint = dict(torch.load(file, map_location=device, weights_only=True))
         settings, weights = Settings(**checkpoint["settings"]), checkpoint["state_dict"]
         model = MODELS[settings.model](in_channels=weights["mean"].numel()).to(device, memory_format=torch.channels_last)
@@ -480,9 +666,6 @@ def load_run(path, which="best", device="cpu"):
         if checkpoint["learned_optimizer"]:
             optimizer = LearnedOptimizer(settings.hidden_size, settings.cell).to(device)
             optimizer.load_state_dict(checkpoint["learned_optimizer"])
-    except Exception as error:  # a foreign or damaged file can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
-        raise InputError(f"{file} is not a checkpoint of l2l_adv, or is damaged ({reason})") from None
     return model.eval(), optimizer and optimizer.eval(), settings
 
 
@@ -573,7 +756,7 @@ def evaluate_runs(args):
         result = {"run": label, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps, "images": len(x),
                   "checkpoint": args.checkpoint, "training_seed": s.seed, "seed": args.seed, "restarts": args.restarts,
                   "attacks": list(attacks), "accuracy": accuracy, "loss": loss}
-        write_whole(folder / "eval.json", lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
+        write_whole(folder / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
         print(f"{label:{width}}{s.model:9}" + "".join(f"{100 * accuracy[name]:11.2f}" if name in accuracy else f"{'-':>11}"
                                                       for name in shown))
         print(f"{'  mean loss':{width + 9}}" + "".join(f"{loss[name]:11.4f}" if name in loss else f"{'-':>11}"
@@ -586,7 +769,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text):
-    if int(text) < 1:
+    if not 1 <= int(text) <= 10 ** 9:
+        raise ValueError
+    return int(text)
+
+
+def seed(text):
+    if not 0 <= int(text) < 2 ** 63:
         raise ValueError
     return int(text)
 
@@ -603,7 +792,8 @@ def keep_freed_memory():
 
 
 def main(argv=None):
-    """The command line; returns 2 after one clear line for a user's mistake, else None."""
+    """The command line. After one clear line it returns 2 for a user's mistake, 1 for numbers that are not finite, 130 for
+    Ctrl-C; else None."""
     keep_freed_memory()
     parser = Parser(prog="l2l_adv.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -613,6 +803,8 @@ def main(argv=None):
         default = "" if f.default is None else f"; default {f.default}"
         sub.add_argument("--" + f.name.replace("_", "-"), type=f.metadata["kind"], default=f.default, metavar="X",
                          help=f.metadata["help"] + choices + default)
+    sub.add_argument("--resume", action="store_true", help="go on where a training with the same settings stopped; or begin")
+    sub.add_argument("--checkpoint-every", type=float, default=10.0, metavar="X", help="minutes; default 10")
     sub = commands.add_parser("eval", help="one table, a row per run")
     sub.add_argument("runs", nargs="+", help="run folders")
     sub.add_argument("--checkpoint", choices=("best", "last"), default="best")
@@ -627,7 +819,7 @@ def main(argv=None):
     sub.add_argument("--sanity", action="store_true", help="instead of the table: is the gradient masked?")
     sub.add_argument("--data-dir")
     sub.add_argument("--device", default="auto")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=seed, default=0, help="of the attacks")
     sub = commands.add_parser("bench", help="what one training step of each method costs")
     sub.add_argument("--model", choices=MODELS, default="vgg16", help="small is timed on MNIST's size, the others on 32x32")
     sub.add_argument("--batch-size", type=positive, default=32)
@@ -643,7 +835,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.command == "train":
-            train(Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}))
+            settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+            train(settings, args.resume, args.checkpoint_every)
             if processes()[1] > 1:
                 torch.distributed.destroy_process_group()
         elif args.command == "eval":
@@ -651,9 +844,13 @@ def main(argv=None):
         else:
             from results.bench import bench
             bench(args)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, NotFinite) as error:
         print(f"l2l_adv.py: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NotFinite) else 2
+    except KeyboardInterrupt:
+        again = "; the same command with --resume goes on from here" if args.command == "train" else ""
+        print(f"\nl2l_adv.py: interrupted{again}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -19,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import l2l_adv
 from baselines import (MODELS, AdvTrain, InputError, Margin, SmallCNN, Trades, augment, cw_linf, eval_mode, evaluate,
                        hold_out, input_gradient, load_dataset, pgd, project, to_unit, worst_of)
-from l2l_adv import (METHODS, LearnedOptimizer, Settings, fused, learned_attack, learning_rate, load_classifier, load_run,
-                     main, meta_objective, named_attack, size, train_optimizer, train_step_learned, train_step_pgd, unroll)
+from l2l_adv import (METHODS, LearnedOptimizer, NotFinite, Settings, ctrl_c_asks, fused, learned_attack, learning_rate,
+                     load_classifier, load_run, locked, main, meta_objective, named_attack, size, train_optimizer,
+                     train_step_learned, train_step_pgd, unroll, write_whole)
 from results.sanity import checks, not_above
 
 torch.set_num_threads(1)  # the problems are so small that threads would only wait for each other
@@ -738,7 +742,7 @@ def test_two_seeded_runs_are_identical(tiny, capsys):
 
 def test_the_best_checkpoint_is_the_best_on_held_out_images(tiny, monkeypatch):
     robust = iter([0.2, 0.5, 0.5, 0.1])
-    monkeypatch.setattr("l2l_adv.evaluate", lambda *_, **__: {"natural": 0.9, "pgd-10": next(robust), "worst": 0})
+    monkeypatch.setattr("l2l_adv.held_out_scores", lambda *_: {"natural": 0.9, "pgd-10": next(robust), "pgd-10 loss": 1})
     main([*tiny, "--method", "advtrain", "--epochs", "4", "--out", "run"])
     assert torch.load("run/best.pt", weights_only=True)["held_out"]["epoch"] == 2
     assert torch.load("run/last.pt", weights_only=True)["held_out"]["epoch"] == 4
@@ -868,6 +872,226 @@ def test_bf16_is_for_training_only(tiny, monkeypatch):
         assert not torch.equal(fp32, bf16) and F.cosine_similarity(fp32.flatten(), bf16.flatten(), dim=0) > 0.99
 
 
+# ---- Interruptions, damaged files, bad numbers -----------------------------------------------------------------------
+
+KILLS = int(os.environ.get("KILLS", 2))  # trainings to kill, and damaged files to read: more than here is for a longer test
+FUZZ = int(os.environ.get("FUZZ", 40))
+
+
+def outcome_of(out):
+    """All that a training leaves but the time it took: two checkpoints and the log, as comparable values."""
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return value.numpy().tobytes(), value.shape
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items() if key not in ("seconds", "out")}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    log = [plain(json.loads(line)) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return log, *(plain(torch.load(Path(out, name), weights_only=True)) for name in ("last.pt", "best.pt"))
+
+
+@pytest.mark.parametrize("trial", range(KILLS))
+def test_a_killed_training_goes_on_to_the_same_bits(tiny, trial):
+    flags = [*tiny, "--method", ("rnn-trades", "advtrain", "rnn-adv")[trial % 3], "--batch-size", "8", "--meta-images", "4"]
+    assert main([*flags, "--out", "whole"]) is None
+    killed = [*flags, "--resume", "--checkpoint-every", "1e-9", "--out", "killed"]  # saves after every step
+    process = subprocess.Popen([sys.executable, HERE / "l2l_adv.py", *killed], stdout=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not Path("killed").exists() and process.poll() is None:  # it is about to begin
+        time.sleep(0.001)
+    rng = np.random.default_rng(trial + 1000 * KILLS)
+    time.sleep(rng.uniform(0, 0.6))
+    process.kill()
+    process.wait()
+    saved = Path("killed/last.pt").exists() and torch.load("killed/last.pt", weights_only=True)["training"]["run"]
+    print("killed after", saved and f"epoch {len(saved['rows'])}, step {saved['step']}", [p.name for p in Path("killed").iterdir()])
+    assert main(killed) is None
+    assert outcome_of("killed") == outcome_of("whole")
+    assert sorted(p.name for p in Path("killed").iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, monkeypatch, capsys):
+    flags = [*tiny, "--method", "rnn-adv", "--meta-images", "5", "--limit", "48"]  # 2 epochs of 3 steps
+    assert main([*flags, "--out", "whole"]) is None
+    step, steps = l2l_adv.train_step, []
+
+    def interrupted_step(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("l2l_adv.train_step", interrupted_step)
+        assert main([*flags, "--out", "run"]) == 130 and len(steps) == 5
+    assert "with --resume" in capsys.readouterr().err
+    saved = torch.load("run/last.pt", weights_only=True)["training"]["run"]
+    assert len(saved["rows"]) == 1 and saved["step"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main([*flags, "--out", "run"]) == 2 and "--resume" in capsys.readouterr().err
+    assert main([*flags, "--resume", "--out", "run"]) is None
+    assert outcome_of("run") == outcome_of("whole")
+    capsys.readouterr()
+    before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
+    assert main([*flags, "--resume", "--out", "run"]) is None and "run is finished" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        with ctrl_c_asks() as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+            pytest.fail("not interrupted")
+
+
+def test_resume_with_other_settings_says_which_differ(tiny, capsys):
+    flags = [*tiny, "--method", "rnn-adv", "--out", "run"]
+    main(flags)
+    before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
+    assert main([*flags, "--resume", "--epochs", "5", "--eps", "4/255"]) == 2
+    error = capsys.readouterr().err
+    assert "epochs was 2 and is 5" in error and "eps was" in error and error.count("\n") == 1 and "seed" not in error
+    assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
+
+
+def test_two_trainings_do_not_share_a_folder(tiny, capsys):
+    with locked(Path("run")):
+        assert main([*tiny, "--out", "run"]) == 2 and "another training is at work" in capsys.readouterr().err
+    assert main([*tiny, "--out", "run"]) is None
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tiny, monkeypatch, capsys):
+    main([*tiny, "--method", "advtrain", "--out", "run"])
+    before = Path("run/last.pt").read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="cannot write run/last.pt: No space left"):
+        write_whole("run/last.pt", b"half of it")
+    assert Path("run/last.pt").read_bytes() == before and not list(Path("run").glob("*.tmp"))
+    assert main([*tiny, "--out", "new"]) == 2 and "No space left" in capsys.readouterr().err
+    assert not any(Path("new").iterdir())
+
+
+@pytest.mark.parametrize("method", ["plain", "advtrain", "trades", "rnn-adv", "rnn-trades"])
+def test_numbers_that_are_not_finite_stop_the_training(tiny, capsys, method):
+    assert main([*tiny, "--method", method, "--lr", "1e30", "--out", "run"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(rf"{method}, epoch \d, step \d: the (loss|gradient)", error), error
+    assert all(p.isfinite().all() for file in Path("run").glob("*.pt") for p in load_classifier(file).parameters())
+
+
+@pytest.mark.parametrize("player", ["theta", "phi"])
+def test_a_bad_batch_reaches_no_weight(player, monkeypatch):
+    model, x, y = problem()
+    optimizer = big_steps("lstm")
+    theta, phi = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), torch.optim.Adam(optimizer.parameters(), 0.1)
+    objective = AdvTrain()
+    train_step_learned(model, optimizer, theta, phi, x, y, eps=0.1, steps=2)  # so that there is momentum
+    before = [p.detach().clone() for p in (*model.parameters(), *optimizer.parameters())]
+    if player == "theta":
+        objective.outer_loss = lambda *args: AdvTrain().outer_loss(*args) * math.inf
+    else:
+        monkeypatch.setattr("l2l_adv.meta_objective", lambda *args: meta_objective(*args) * math.nan)
+    with pytest.raises(NotFinite, match="the loss is not finite" if player == "theta" else "gradient of phi"):
+        train_step_learned(model, optimizer, theta, phi, x, y, eps=0.1, steps=2, objective=objective)
+    assert all(torch.equal(p, b) for p, b in zip((*model.parameters(), *optimizer.parameters()), before))
+
+
+def test_a_learned_optimizer_that_stalls_is_a_warning_in_the_table(tiny, monkeypatch, capsys):
+    losses = iter([0.5, 0.9, 0.5, 0.5])
+    scores = {"natural": 0.9, "pgd-10": 0.4, "pgd-10 loss": 0.8}
+    monkeypatch.setattr("l2l_adv.held_out_scores", lambda *_: {**scores, "learned-10 loss": next(losses)})
+    main([*tiny, "--method", "rnn-adv", "--epochs", "4", "--out", "run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ["warning" in line for line in lines] == [False] * 6 + [True] and "0.5000 and PGD's 0.8000" in lines[-1]
+
+
+def test_the_held_out_scores_are_those_of_evaluate(tiny):
+    main([*tiny, "--method", "rnn-adv", "--epochs", "1", "--out", "run"])
+    _, (x, y) = hold_out(load_dataset("cifar10"))
+    model, optimizer, settings = load_run("run", "last")
+    torch.manual_seed(0)
+    accuracy, loss = evaluate(model, to_unit(x), y, {name: named_attack(name, settings.eps, optimizer)
+                                                    for name in ("pgd-10", "learned-10")}, losses=True)
+    row = json.loads(Path("run/log.jsonl").read_text())
+    assert row["natural"] == accuracy["natural"] and row["pgd-10"] == pytest.approx(accuracy["pgd-10"], abs=0.1)
+    assert row["pgd-10 loss"] == pytest.approx(loss["pgd-10"], rel=0.01)
+    assert row["learned-10 loss"] == pytest.approx(loss["learned-10"], rel=0.01)
+
+
+def damaged(raw, rng):
+    """The bytes cut short, or with some of them changed."""
+    raw = bytearray(raw)
+    if rng.random() < 0.4:
+        return bytes(raw[:rng.integers(len(raw))])
+    for _ in range(rng.integers(1, 4)):
+        head = rng.random() < 0.5  # where the structure is, more often than not
+        raw[rng.integers(min(len(raw), 300) if head else len(raw))] = rng.integers(256)
+    return bytes(raw)
+
+
+def read_damaged(path, read, rng):
+    """How many of FUZZ damaged versions of a file were refused; nothing but InputError may come out."""
+    raw, refused = path.read_bytes(), 0
+    for _ in range(FUZZ):
+        path.write_bytes(damaged(raw, rng))
+        try:
+            read()
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    path.write_bytes(raw)
+    read()
+    return refused
+
+
+@pytest.mark.parametrize("kind", ["bin", "py", "mnist", "mnist.gz"])
+def test_damaged_data_is_refused_or_read_but_never_more(tmp_path, kind):
+    folder = tmp_path / ("cifar-10-batches-" + kind if "mnist" not in kind else "mnist")
+    if "mnist" in kind:
+        write_mnist(folder, pack=kind == "mnist.gz")
+        path = folder / ("train-labels-idx1-ubyte" + ".gz" * (kind == "mnist.gz"))
+    else:
+        records = write_cifar10(tmp_path / "cifar-10-batches-bin" if kind == "bin" else tmp_path / "unused")
+        if kind == "py":
+            write_cifar10_py(folder, records)
+        path = folder / ("data_batch_2" + ".bin" * (kind == "bin"))
+    name = "mnist" if "mnist" in kind else "cifar10"
+    assert read_damaged(path, lambda: load_dataset(name, tmp_path), np.random.default_rng(FUZZ)) > FUZZ / 4
+
+
+def test_damaged_checkpoints_are_refused(tiny, capsys):
+    flags = [*tiny, "--method", "rnn-adv", "--epochs", "1", "--limit", "16", "--out", "run"]
+    main(flags)
+    rng, last = np.random.default_rng(FUZZ), Path("run/last.pt")
+    assert read_damaged(last, lambda: load_run("run", "last"), rng) > FUZZ / 4
+    for raw in (b"", b"PK", last.read_bytes()[:-1000]):
+        last.write_bytes(raw)
+        assert main([*flags, "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert "last.pt is not a checkpoint of l2l_adv, or is damaged" in error and error.count("\n") == 1
+        assert last.read_bytes() == raw
+
+
+def test_a_malicious_checkpoint_is_refused_unexecuted(tiny, tmp_path, capsys):
+    flags = [*tiny, "--epochs", "1", "--out", "run"]
+    main(flags)
+    Bomb.target = tmp_path / "executed"
+    checkpoint = torch.load("run/last.pt", weights_only=True)
+    for bad in (Bomb(), checkpoint | {"settings": Bomb()}, checkpoint | {"more": [Bomb()]}):
+        for name in ("last.pt", "best.pt"):
+            torch.save(bad, Path("run", name))
+        assert main(["eval", "run"]) == 2 and main([*flags, "--resume"]) == 2
+        assert capsys.readouterr().err.count("\n") == 2 and not Bomb.target.exists()
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 X, Y = torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)
@@ -914,6 +1138,21 @@ def test_python_refuses_bad_input(wrong):
     (["--epochs", "two"], "--epochs"), (["--batch-size", "-4"], "batch_size"), (["--lr", "inf"], "lr must be"),
     (["--device", "tpu9"], "no device"), (["--seed", "-1"], "at least 0"), (["--seed", "9" * 30], "seed"), (["--cell", "gru"], "unknown cell"),
     (["--data-dir", "nowhere"], "no cifar10 in nowhere"), (["--limit", "0"], "limit"), (["--bogus"], "--bogus"),
+    (["--method", ""], "choose from"), (["--model", ""], "choose from"), (["--dataset", ""], "choose from"),
+    (["--eps", ""], "--eps"), (["--eps=-8/255"], "eps must"), (["--eps", "1e30"], "eps must"), (["--eps", "8/255/2"], "--eps"),
+    (["--steps", "1.5"], "--steps"), (["--steps", "9" * 30], "steps must"), (["--step-size", "nan"], "step_size must"),
+    (["--step-size", "1e300"], "step_size must"), (["--step-size", ""], "--step-size"), (["--beta", "0"], "beta must"),
+    (["--beta", "nan"], "beta must"), (["--beta", "six"], "--beta"), (["--hidden-size", "0"], "hidden_size"),
+    (["--hidden-size", "9" * 12], "hidden_size"), (["--meta-lr", "-1"], "meta_lr"), (["--meta-lr", "nan"], "meta_lr"),
+    (["--meta-images", "0"], "meta_images"), (["--meta-images", "few"], "--meta-images"), (["--epochs", "9" * 30], "epochs"),
+    (["--epochs", ""], "--epochs"), (["--batch-size", "0"], "batch_size"), (["--batch-size", "9" * 30], "batch_size"),
+    (["--lr", "0"], "lr must"), (["--lr", "nan"], "lr must"), (["--lr", "fast"], "--lr"), (["--schedule", "cosine"], "schedule"),
+    (["--precision", "fp8"], "precision"), (["--compile", "yes"], "compile"), (["--seed", "1.5"], "--seed"),
+    (["--seed", ""], "--seed"), (["--device", ""], "no device"), (["--device", "meta"], "no device"),
+    (["--device", "cuda:-3"], "no device"), (["--limit", "-1"], "limit"), (["--limit", "9" * 30], "limit"),
+    (["--eps-warmup", "-0.1"], "eps_warmup"), (["--eps-warmup", "1.1"], "eps_warmup"), (["--eps-warmup", "nan"], "eps_warmup"),
+    (["--checkpoint-every", "0"], "checkpoint_every"), (["--checkpoint-every", "nan"], "checkpoint_every"),
+    (["--checkpoint-every", "soon"], "--checkpoint-every"), (["--cell", ""], "unknown cell"), (["--out", ""], "--out"),
 ])
 def test_train_refuses_bad_input_in_one_line(tiny, tmp_path, capsys, flags, words):
     try:
@@ -1005,23 +1244,32 @@ def test_eval_refuses_runs_that_do_not_belong_in_one_table(tiny, capsys):
     assert "eps = 2/255" in rows[0] and rows[1].split() == ["run", "model", "natural", "worst"] and len(rows) == 6
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run without a learned optimizer."""
+    out = tmp_path_factory.mktemp("runs") / "plain"
+    main(["train", "--method", "plain", "--limit", "64", "--epochs", "1", "--out", str(out)])
+    return out
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--attacks", "fgsm"], "unknown attack 'fgsm'"), (["--attacks", "pgd-0"], "unknown attack 'pgd-0'"),
     (["--attacks", "pgd-10,"], "unknown attack ''"), (["--attacks", "learned-10"], "plain has no learned optimizer"),
     (["--restarts", "0"], "--restarts"), (["--batch-size", "0"], "--batch-size"), (["--limit", "many"], "--limit"),
+    (["--seed", "9" * 30], "--seed"), (["--seed", "-1"], "--seed"), (["--limit", "9" * 30], "--limit"), (["--limit", ""], "--limit"),
+    (["--batch-size", "9" * 30], "--batch-size"), (["--eps", "nan"], "eps must"), (["--attacks", ""], "unknown attack ''"),
+    (["--eps", "8"], "eps must"), (["--device", "meta"], "no device"), (["--attacks", "pgd-1e3"], "unknown attack"), (["--restarts", "-1"], "--restarts"), (["--restarts", "9" * 30], "--restarts"),
     (["--autoattack"], "pip install torchattacks"), (["--eps", "x"], "--eps"), (["--checkpoint", "first"], "--checkpoint"),
 ])
-def test_eval_refuses_bad_input_in_one_line(tiny, capsys, monkeypatch, flags, words):
+def test_eval_refuses_bad_input_in_one_line(plain, capsys, monkeypatch, flags, words):
     monkeypatch.setitem(sys.modules, "torchattacks", None)  # as if it were not installed
-    main([*tiny, "--method", "plain", "--epochs", "1", "--out", "plain"])
-    capsys.readouterr()
     try:
-        status = main(["eval", "plain", "--limit", "2", *flags])
+        status = main(["eval", str(plain), "--limit", "2", *flags])
     except SystemExit as exit:  # argparse
         status = exit.code
     captured = capsys.readouterr()
     assert status == 2 and words in captured.err and captured.err.count("\n") == 1 and captured.out == ""
-    assert not Path("plain/eval.json").exists()
+    assert not (plain / "eval.json").exists()
 
 
 # ---- Evidence: attacks by name, other people's attacks, checks for gradient masking ----------------------------------
