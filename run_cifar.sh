@@ -146,24 +146,24 @@ try:
                 raise
         part.seek(0)
         if hashlib.md5(part.read()).hexdigest() != MD5:
-            archive.unlink()
+            part.truncate(0)
             sys.exit("the MD5 sum of the download is wrong")
         part.seek(0)
         unpacked.mkdir(exist_ok=True)
-        with tarfile.open(fileobj=part) as tar:
+        with tarfile.open(fileobj=part, mode="r:gz") as tar:
             for name in NAMES:  # these six, as plain files, and nothing else
                 member = tar.getmember(f"{folder.name}/{name}")
                 if not member.isreg() or member.size != SIZE:
                     sys.exit(f"{name} in the archive is not what it should be")
                 (unpacked / name).write_bytes(tar.extractfile(member).read())
         unpacked.rename(folder)
-        archive.unlink(missing_ok=True)
+        part.truncate(0)
 except Exception as error:
     sys.exit(str(error))
 finally:
     shutil.rmtree(unpacked, ignore_errors=True)
     with contextlib.suppress(OSError):
-        if archive.stat().st_size == 0:
+        if archive.stat().st_size == 0:  # done, or of no use
             archive.unlink()
         folder.parent.rmdir()  # if it is empty
 DOWNLOAD
