@@ -52,15 +52,8 @@ done
 # ---- Python with torch and numpy: the one at hand, else one of our own -----------------------------------------------
 has_torch() { (cd "$here" && "$1" -c 'import sys, torch, numpy; sys.exit(sys.version_info < (3, 9))') 2>/dev/null; }
 
-lock() {  # what fd 9 has open, for this shell and what it starts: an orphan of a killed one still holds it
-    "$python" -I -c '
-import fcntl, sys
-try:
-    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
-    sys.exit(1)
-except OSError:  # a file system without locks
-    pass'
+lock() {  # what fd 9 has open, for this shell and what it starts, unless another has it; where there are no locks, go on
+    [[ $("$python" -I -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>&1) != *BlockingIOError* ]]
 }
 
 python=python3 venv=$here/.venv
@@ -74,9 +67,9 @@ if ! has_torch python3; then
         lock || fail "another run_cifar.sh is making $venv: wait for it"
         trap 'rm -rf "$venv"' EXIT
         echo "Installing torch and numpy into $venv (some minutes)"
-        reason=$(python3 -m venv "$venv" 2>&1) ||
+        python3 -m venv "$venv" &>/dev/null ||
             fail "could not make $venv: install python3-venv, or torch and numpy yourself"
-        reason=$("$venv/bin/python" -m pip install --quiet torch numpy 2>&1) ||
+        reason=$("$venv/bin/python" -m pip install --quiet --disable-pip-version-check torch numpy 2>&1) ||
             fail "could not install torch and numpy; is there a network? (${reason##*$'\n'})"
         rm "$venv/.unfinished"
         trap - EXIT
@@ -121,7 +114,7 @@ OUT=${OUT:-runs/$DATASET-$MODEL-n$LIMIT-e$EPOCHS-s$SEED}
 # ---- CIFAR-10: where it is, else the binary version from its authors -------------------------------------------------
 download() {
     "$python" -I - <<'DOWNLOAD'
-import contextlib, fcntl, hashlib, pathlib, shutil, sys, tarfile, urllib.error, urllib.request
+import contextlib, fcntl, hashlib, pathlib, shutil, sys, tarfile, urllib.request
 URL, MD5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
 NAMES, SIZE = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"], 10000 * 3073
 folder = pathlib.Path("data/cifar-10-batches-bin")
@@ -131,19 +124,16 @@ try:
     with open(archive, "a+b") as part:  # what there is of it stays when this is stopped, and the next start goes on
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(part, fcntl.LOCK_EX)  # is another download at work? Wait for it
-        if folder.exists():
+        if (folder / NAMES[0]).exists():
             sys.exit()
-        try:
-            request = urllib.request.Request(URL, headers={"Range": f"bytes={part.seek(0, 2)}-"})
-            with urllib.request.urlopen(request, timeout=60) as source:
-                if source.status != 206:  # the server begins again, and so do we
-                    part.truncate(0)
-                shutil.copyfileobj(source, part)
-                if source.length:
-                    sys.exit("the connection broke off; started again, it goes on from there")
-        except urllib.error.HTTPError as error:
-            if error.code != 416:  # 416: nothing is missing
-                raise
+        part.truncate(max(0, part.seek(0, 2) - 1))  # a byte less, since a server has no answer when nothing is missing
+        request = urllib.request.Request(URL, headers={"Range": f"bytes={part.seek(0, 2)}-"})
+        with urllib.request.urlopen(request, timeout=60) as source:
+            if source.status != 206:  # it begins again, and so do we
+                part.truncate(0)
+            shutil.copyfileobj(source, part)
+            if source.length:
+                sys.exit("the connection broke off; started again, it goes on from there")
         part.seek(0)
         if hashlib.md5(part.read()).hexdigest() != MD5:
             part.truncate(0)
