@@ -52,7 +52,7 @@ done
 # ---- Python with torch and numpy: the one at hand, else one of our own -----------------------------------------------
 has_torch() { (cd "$here" && "$1" -c 'import sys, torch, numpy; sys.exit(sys.version_info < (3, 9))') 2>/dev/null; }
 
-lock() {  # what fd 9 has open, for this shell and what it starts, unless another has it; where there are no locks, go on
+lock() {  # what fd 9 has open, for this shell and what it starts, unless another has it; without locks, go on
     [[ $("$python" -I -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>&1) != *BlockingIOError* ]]
 }
 
@@ -189,9 +189,10 @@ fi
 stamp="$DATASET $MODEL, $EPOCHS epochs, limit $LIMIT, seed $SEED${*:+, $*}"
 { mkdir -p "$OUT" && exec 9>>"$OUT/.settings"; } 2>/dev/null || fail "cannot write to $OUT: choose another --out"
 lock || fail "another run_cifar.sh, or a training that it left behind, is at work in $OUT"
-[[ ! -s $OUT/.settings || $(<"$OUT/.settings") == "$stamp" ]] ||
+ls -d "$OUT"/*/ &>/dev/null || : >"$OUT/.settings"  # without a run in it, they do not count
+[[ -s $OUT/.settings ]] || echo "$stamp" 2>/dev/null >&9 || fail "cannot write to $OUT: is the disk full?"
+[[ $(<"$OUT/.settings") == "$stamp" ]] ||
     fail "$OUT holds runs of other settings ($(<"$OUT/.settings")): choose another --out, or delete it"
-echo "$stamp" >"$OUT/.settings" || fail "cannot write to $OUT"
 trained=() failed=
 for method in $METHODS; do
     if l2l train --method "$method" --dataset "$DATASET" --model "$MODEL" --epochs "$EPOCHS" --seed "$SEED" \

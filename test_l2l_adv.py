@@ -1044,6 +1044,8 @@ def test_run_cifar_goes_on_when_a_method_fails_and_the_table_says_so(cifar, monk
     status, out, err = finish(cifar(*flags[:-1], "3"))
     assert status == 2 and "other settings" in err and err.count("\n") == 1 and not Path("calls").exists()
     monkeypatch.setenv("FAILS", "plain trades rnn-adv")
+    Path("all fail").mkdir()
+    Path("all fail/.settings").write_text("of a start that the trainer refused")
     status, out, err = finish(cifar("--out", "all fail", *flags))
     assert status == 1 and out.count("failed: see above") == 3 and calls() == ["plain", "trades", "rnn-adv"]
 
