@@ -948,7 +948,7 @@ def test_eval_refuses_runs_that_do_not_belong_in_one_table(tiny, capsys):
 
 STAND_IN = f"""#!/bin/sh
 # python3 for run_cifar.sh: has torch, finds CIFAR-10 but no CUDA, and plays the trainer; the rest it leaves to Python.
-case $1 in -c) exit ;; -) echo 0 1; exit ;; -I) exec {sys.executable} "$@" ;; esac
+case $1 in -c) exit ;; -) echo 0 1; exit ;; -I) exec "{sys.executable}" "$@" ;; esac
 shift
 (IFS="|"; echo "$*" >>calls)
 [ "$1" = train ] || {{ echo "the table"; exit; }}
@@ -1006,7 +1006,7 @@ def test_run_cifar_refuses_bad_flags_in_one_line(cifar, flags, words):
 
 def test_run_cifar_refuses_what_the_trainer_does_not_know(cifar, tmp_path):
     """With the real Python, in a folder with a module that it must not take for ours."""
-    (tmp_path / "bin" / "python3").write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python3").write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec "{sys.executable}" "$@"\n')
     Path("baselines.py").write_text("raise SystemExit('the wrong module')")
     status, out, err = finish(cifar("--synthetic", "--methods", "plain rnn"))
     assert status == 2 and "unknown method 'rnn'" in err and err.count("\n") == 1 and not Path("runs").exists()
@@ -1079,7 +1079,7 @@ def test_run_cifar_leaves_no_half_made_environment(cifar, tmp_path):
     python3 = tmp_path / "bin" / "python3"
     python3.write_text(f"""#!/bin/sh
 case "$*" in *torch*) exit 1 ;; "-m venv"*) mkdir -p "$3/bin"; echo "no ensurepip"; exit 1 ;; esac
-exec {sys.executable} "$@"
+exec "{sys.executable}" "$@"
 """)
 
     def refused(words):
