@@ -3,14 +3,20 @@
     python3 -m pytest -q
 """
 import gzip
+import hashlib
+import http.server
+import io
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -1340,6 +1346,276 @@ def test_eval_sanity_prints_a_line_for_each_check(tiny, capsys):
     assert "eps = 8/255" in header and len(lines) == 14 and lines[0].startswith("a (plain") and "made on b" in lines[6]
     assert all(re.match(r"  (pass|FAIL)  .*: .*\d", line) for line in lines[1:7] + lines[8:])
     assert not Path("a/eval.json").exists()
+
+
+# ---- run_cifar.sh ----------------------------------------------------------------------------------------------------
+
+STAND_IN = f"""#!/bin/sh
+# python3 for run_cifar.sh: has torch, finds CIFAR-10 but no CUDA, and plays the trainer; the rest it leaves to Python.
+case $1 in -c) exit ;; -) echo 0 1; exit ;; -I) exec "{sys.executable}" "$@" ;; esac
+shift
+(IFS="|"; echo "$*" >>calls)
+[ "$1" = train ] || {{ echo "the table"; exit; }}
+method=$3
+for out do :; done
+[ ! -e "$out/last.pt" ] || {{ echo "$method is finished"; exit; }}
+mkdir -p "$out"
+[ "$method" != "$HANGS" ] || {{ touch "$out/begun"; exec sleep 60; }}
+case " $FAILS " in *" $method "*) echo "out of memory" >&2; exit 1 ;; esac
+touch "$out/last.pt"
+"""
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Starts run_cifar.sh, as a program, with a stand-in for Python, in an empty folder whose name has a space."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text(STAND_IN)
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    (tmp_path / "a folder").mkdir()
+    monkeypatch.chdir(tmp_path / "a folder")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name in "METHODS MODEL EPOCHS LIMIT TEST_LIMIT SEED DEVICE OUT CIFAR10_DIR FAILS HANGS".split():
+        monkeypatch.delenv(name, raising=False)
+
+    def start(*flags):
+        return subprocess.Popen(
+            ["bash", HERE / "run_cifar.sh", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return start
+
+
+def finish(process):
+    """(status, stdout, stderr)"""
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+def calls():
+    """What the stand-in was asked for since the last look: the trained methods, or "eval" and the evaluated runs."""
+    lines = [line.split("|") for line in Path("calls").read_text().splitlines()]
+    Path("calls").unlink()
+    return [["eval", *(Path(a).name for a in line[1:line.index("--device")])] if line[0] == "eval" else line[2]
+            for line in lines]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--epoch", "3"], "--epoch"), (["--seed"], "needs a value"), (["--epochs", "0"], "EPOCHS"),
+    (["--limit", "08"], "LIMIT"), (["--methods", " "], "METHODS"), (["--out", "calls/x"], "cannot write")])
+def test_run_cifar_refuses_bad_flags_in_one_line(cifar, flags, words):
+    Path("calls").touch()  # no folder can be made in it
+    status, out, err = finish(cifar(*flags))
+    assert status == 2 and words in err and err.count("\n") == 1 and Path("calls").read_text() == ""
+
+
+def test_run_cifar_refuses_what_the_trainer_does_not_know(cifar, tmp_path):
+    """With the real Python, in a folder with a module that it must not take for ours."""
+    (tmp_path / "bin" / "python3").write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec "{sys.executable}" "$@"\n')
+    Path("baselines.py").write_text("raise SystemExit('the wrong module')")
+    status, out, err = finish(cifar("--synthetic", "--methods", "plain rnn"))
+    assert status == 2 and "unknown method 'rnn'" in err and err.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_run_cifar_help_is_right(cifar):
+    status, out, err = finish(cifar("--help"))
+    assert status == 0 and "else 5000 (synthetic: 0)\n" in out and "else 500 (synthetic: 300)\n" in out
+
+
+def test_run_cifar_goes_on_when_a_method_fails_and_the_table_says_so(cifar, monkeypatch):
+    flags = ["--methods", "plain trades rnn-adv", "--seed", "3", "--", "--beta", "2"]
+    monkeypatch.setenv("FAILS", "trades")
+    status, out, err = finish(cifar(*flags))
+    assert status == 1 and "the table\ntrades       failed: see above\n" in out
+    assert Path("calls").read_text().splitlines()[0].replace("|", " ") == (
+        "train --method plain --dataset cifar10 --model small --epochs 3 --seed 3 --device auto --limit 5000 --beta 2 "
+        "--resume --out runs/cifar10-small-n5000-e3-s3/plain")
+    assert calls() == ["plain", "trades", "rnn-adv", ["eval", "plain", "rnn-adv"]]
+    monkeypatch.setenv("FAILS", "")  # started again: the trainer finds what is finished
+    status, out, err = finish(cifar(*flags))
+    assert status == 0 and "plain is finished" in out and "failed" not in out and err == ""
+    assert calls() == ["plain", "trades", "rnn-adv", ["eval", "plain", "trades", "rnn-adv"]]
+    status, out, err = finish(cifar(*flags[:-1], "3"))
+    assert status == 2 and "other settings" in err and err.count("\n") == 1 and not Path("calls").exists()
+    monkeypatch.setenv("FAILS", "plain trades rnn-adv")
+    Path("all fail").mkdir()
+    Path("all fail/.settings").write_text("of a start that the trainer refused")
+    status, out, err = finish(cifar("--out", "all fail", *flags))
+    assert status == 1 and out.count("failed: see above") == 3 and calls() == ["plain", "trades", "rnn-adv"]
+
+
+def wait_for(path):
+    for _ in range(200):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not come")
+
+
+def test_run_cifar_stops_at_once_and_one_works_at_a_time(cifar, monkeypatch):
+    monkeypatch.setenv("HANGS", "trades")
+    monkeypatch.setenv("OUT", "two words")
+    first = cifar("--methods", "plain trades rnn-adv")
+    wait_for(Path("two words/trades/begun"))
+    status, out, err = finish(cifar("--methods", "rnn-adv"))
+    assert status == 2 and "another run_cifar.sh" in err and err.count("\n") == 1
+    os.killpg(first.pid, signal.SIGINT)  # what Ctrl-C does
+    status, out, err = finish(first)
+    assert status == 130 and "goes on from here" in err and calls() == ["plain", "trades"]
+    Path("two words/trades/begun").unlink()
+    second = cifar("--methods", "trades")
+    wait_for(Path("two words/trades/begun"))
+    os.kill(second.pid, signal.SIGKILL)  # its training lives on
+    second.wait()
+    assert finish(cifar("--methods", "rnn-adv"))[0] == 2
+    os.killpg(second.pid, signal.SIGKILL)
+    second.communicate()
+    assert calls() == ["trades"]
+    monkeypatch.delenv("HANGS")
+    assert finish(cifar("--methods", "plain trades"))[0] == 0
+    assert calls() == ["plain", "trades", ["eval", "plain", "trades"]]
+
+
+def test_run_cifar_leaves_no_half_made_environment(cifar, tmp_path):
+    """In a copy, with a python3 that has neither torch nor venv."""
+    here = tmp_path / "the copy"
+    here.mkdir()
+    (here / "run_cifar.sh").write_text((HERE / "run_cifar.sh").read_text())
+    python3 = tmp_path / "bin" / "python3"
+    python3.write_text(f"""#!/bin/sh
+case "$*" in *torch*) exit 1 ;; "-m venv"*) mkdir -p "$3/bin"; echo "no ensurepip"; exit 1 ;; esac
+exec "{sys.executable}" "$@"
+""")
+
+    def refused(words):
+        result = subprocess.run(["bash", here / "run_cifar.sh", "--synthetic"], capture_output=True, text=True)
+        assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
+
+    for _ in range(2):
+        refused("install python3-venv")
+        assert not (here / ".venv").exists()
+    (here / ".venv").mkdir()
+    (here / ".venv" / ".unfinished").touch()  # left by kill -9
+    refused("install python3-venv")
+    assert not (here / ".venv").exists()
+    (here / ".venv").mkdir()  # somebody's own
+    refused("lacks torch")
+    assert (here / ".venv").exists()
+    python3.write_text("#!/bin/sh\nexit 1\n")
+    refused("3.9 or newer")
+
+
+BATCHES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+
+
+def cifar_archive(change=lambda member: None):
+    """cifar-10-binary.tar.gz with 5 bytes per file; change(member) may spoil a member."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name in [*BATCHES, "readme.html"]:
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = 5
+            change(member)
+            tar.addfile(member, io.BytesIO(b"12345") if member.isreg() else None)
+    return packed.getvalue()
+
+
+@pytest.fixture
+def download(tmp_path, monkeypatch):
+    """download(what the server has, its MD5, ranges=…, cut=…) runs the download of run_cifar.sh against a server of
+    ours that can begin in the middle or not, and breaks off after `cut` bytes. Returns (status, the line, begins of
+    requests)."""
+    (tmp_path / "in" / "side").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in" / "side")
+    code = re.search(r"<<'DOWNLOAD'\n(.*?)\nDOWNLOAD\n", (HERE / "run_cifar.sh").read_text(), re.S)[1]
+
+    def run(content, md5=None, ranges=True, cut=None):
+        asked = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                begin = int(re.fullmatch("bytes=([0-9]+)-", self.headers["Range"])[1])
+                asked.append(begin)
+                body = content[begin:] if ranges else content
+                self.send_response(416 if not body else 206 if ranges else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[:cut])
+
+            def log_message(self, *args):
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+            ours = re.sub("https://[^\"]*", f"http://127.0.0.1:{server.server_port}/", code)
+            ours = re.sub('"[0-9a-f]{32}"', repr(md5 or hashlib.md5(content).hexdigest()), ours)
+            assert ours.count("10000 * 3073") == 1
+            result = subprocess.run([sys.executable, "-I", "-"], input=ours.replace("10000 * 3073", "5"), text=True,
+                                    stderr=subprocess.PIPE, env={**os.environ, "no_proxy": "*"})
+            server.shutdown()
+        return result.returncode, result.stderr, asked
+    return run
+
+
+def test_a_broken_download_goes_on_and_a_wrong_one_is_refused(download):
+    right = cifar_archive()
+    status, line, asked = download(right, cut=100)
+    assert status == 1 and "broke off" in line and line.count("\n") == 1
+    assert [p.name for p in Path("data").iterdir()] == ["cifar-10-binary.tar.gz.part"]  # and nothing that would be used
+    status, line, asked = download(right)
+    assert status == 0 and line == "" and asked == [99]
+    assert os.listdir("data") == ["cifar-10-batches-bin"]
+    assert sorted(os.listdir("data/cifar-10-batches-bin")) == BATCHES
+    assert Path("data/cifar-10-batches-bin/test_batch.bin").read_bytes() == b"12345"
+    assert download(right) == (0, "", [])  # it is there: nothing is asked for
+    shutil.rmtree("data")
+    download(right, cut=100)
+    assert download(right, ranges=False)[0] == 0  # a server that begins again
+    shutil.rmtree("data")
+    Path("data").mkdir()
+    Path("data/cifar-10-binary.tar.gz.part").write_bytes(right)  # stopped between the download and the unpacking
+    assert download(right) == (0, "", [len(right) - 1])
+    shutil.rmtree("data")
+    for attempt in range(2):
+        status, line, asked = download(right, md5="0" * 32)
+        assert status == 1 and "MD5" in line and asked == [0] and not Path("data").exists()
+
+
+def absolute(member):
+    member.name = f"{Path.cwd().parent}/outside-{Path(member.name).name}"
+
+
+def upwards(member):
+    member.name = f"cifar-10-batches-bin/../../../outside-{Path(member.name).name}"
+
+
+def link(kind, target):
+    def change(member):
+        if "data_batch_4" in member.name:
+            member.type, member.linkname, member.size = kind, target, 0
+    return change
+
+
+def too_short(member):
+    if "data_batch_4" in member.name:
+        member.size = 4
+
+
+@pytest.mark.parametrize("change", [
+    absolute, upwards, too_short, link(tarfile.DIRTYPE, ""), link(tarfile.FIFOTYPE, ""),
+    link(tarfile.SYMTYPE, "/etc/passwd"), link(tarfile.SYMTYPE, "data_batch_1.bin"),
+    link(tarfile.LNKTYPE, "cifar-10-batches-bin/data_batch_1.bin")])
+def test_a_malicious_archive_does_no_harm(download, change):
+    status, line, _ = download(cifar_archive(change))
+    assert status == 1 and line.count("\n") == 1 and "Traceback" not in line
+    assert not Path("data/cifar-10-batches-bin").exists() and sorted(os.listdir("..")) == ["side"]
+
+
+def test_a_truncated_archive_is_refused(download):
+    right = cifar_archive()
+    for part in (right[:len(right) // 2], gzip.compress(gzip.decompress(right)[:1500]), b"", b"no archive"):
+        status, line, _ = download(part)
+        assert status == 1 and line.count("\n") == 1 and not Path("data/cifar-10-batches-bin").exists()
+        shutil.rmtree("data", ignore_errors=True)
 
 
 # ---- What the README shows -------------------------------------------------------------------------------------------
