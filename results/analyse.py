@@ -62,144 +62,143 @@ class Images(NamedTuple):
         return zip(self.x.split(self.batch_size), self.y.split(self.batch_size))
 
 
-# ---- Inner maximisers. A rule makes, for one batch, propose(x'_t, g_t, losses) → the move before the projection ------
+# ---- Inner maximisers: a rule takes (here, state) → (the move proposed, the next state), as m_φ does ----------------
 
-class Batch(NamedTuple):
-    """What a rule may look at besides the gradients."""
+class Here(NamedTuple):
+    """Where an attack stands. x, x_adv, g (B, C, H, W): the images, x'_t and g_t; losses (B,) at x'_t."""
     model: nn.Module
-    x: torch.Tensor
-    target: torch.Tensor
     objective: AdvTrain
+    target: torch.Tensor
     eps: float
+    x: torch.Tensor
+    x_adv: torch.Tensor
+    g: torch.Tensor
+    losses: torch.Tensor
 
 
 def fixed_step(share):
     """PGD with step size share·eps."""
-    return lambda batch: lambda x_adv, g, loss: share * batch.eps * g.sign()
+    return lambda here, _: (share * here.eps * here.g.sign(), None)
 
 
-def line_search(batch):
-    """PGD, its step found by backtracking from eps: up to three forward passes a step on top of the gradient."""
-    model, x, target, objective, eps = batch
-    return lambda x_adv, g, loss: backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size=eps) - x_adv
+def line_search(here, _):
+    """PGD, each step found by backtracking from eps: three forward passes a step on top of the gradient."""
+    model, objective, target, eps, x, x_adv, g, losses = here
+    return backtrack(model, x_adv, x, g, losses, objective, target, eps, step_size=eps) - x_adv, None
 
 
 def momentum(share, decay=1.0):
-    """MI-FGSM [1]: the sign of the gathered gradients, each divided by its image's L1 norm."""
-    def rule(batch):
-        gathered = torch.zeros_like(batch.x)  # (B, C, H, W)
-
-        def propose(x_adv, g, loss):
-            norm = g.abs().sum((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-            gathered.mul_(decay).add_(g / norm.clamp(min=torch.finfo(g.dtype).tiny))
-            return share * batch.eps * gathered.sign()
-        return propose
+    """MI-FGSM [1]: the sign of the gathered gradients, each divided by its image's L1 norm. The start is everyone's."""
+    def rule(here, gathered):
+        norm = here.g.abs().sum((1, 2, 3), keepdim=True).clamp(min=torch.finfo(here.g.dtype).tiny)  # (B, 1, 1, 1)
+        gathered = here.g / norm + (0 if gathered is None else decay * gathered)
+        return share * here.eps * gathered.sign(), gathered
     return rule
 
 
 def learned(optimizer):
-    """The learned optimizer, from a fresh state."""
-    def rule(batch):
-        state = None
-
-        def propose(x_adv, g, loss):
-            nonlocal state
-            delta, state = optimizer(g, state)
-            return batch.eps * delta
-        return propose
+    """The paper's: δ_t is in units of eps."""
+    def rule(here, state):
+        delta, state = optimizer(here.g, state)
+        return here.eps * delta, state
     return rule
 
 
 @torch.no_grad()
 def trajectory(model, x, y, rule, *, eps, steps, objective):
-    """One attack step by step: yields (x'_t, losses at x'_t, g_t, the move proposed from there) for t = 0 … steps;
-    the last two are None at the end. Losses (B,), all else (B, C, H, W). Every x'_t cost t gradients."""
+    """One attack step by step: yields (x'_t, losses, g_t, the move proposed there) for t = 0 … steps; at the end the
+    last two are None. Losses (B,), all else (B, C, H, W). To reach x'_t takes t gradients."""
     with eval_mode(model):
         target = objective.target(model, x, y)
-        propose = rule(Batch(model, x, target, objective, eps))
-        x_adv = start_point(x, eps)
+        x_adv, state = start_point(x, eps), None
         for _ in range(steps):
-            g, loss = input_gradient(model, x_adv, objective, target)
-            move = propose(x_adv, g, loss)
-            yield x_adv, loss, g, move
+            g, losses = input_gradient(model, x_adv, objective, target)
+            move, state = rule(Here(model, objective, target, eps, x, x_adv, g, losses), state)
+            yield x_adv, losses, g, move
             x_adv = project(x_adv + move, x, eps)
         yield x_adv, objective.inner_loss(model(x_adv), target), None, None
 
 
+@torch.no_grad()
 def climb(run, images, rule, steps):
-    """The inner loss per step and image, (steps + 1, N), and the accuracy at each t of LONGER that is reached."""
-    losses, right = [], dict.fromkeys((t for t in LONGER if t <= steps), 0)
+    """The inner loss by step and image, (steps + 1, N), and the accuracy after each number of steps in LONGER."""
+    losses, right = [], {t: 0 for t in LONGER if t <= steps}
     for x, y in images.batches():
         losses.append([])
-        for t, (x_adv, loss, _, _) in enumerate(trajectory(run.model, x, y, rule, eps=images.eps, steps=steps,
-                                                           objective=run.objective)):
+        path = trajectory(run.model, x, y, rule, eps=images.eps, steps=steps, objective=run.objective)
+        for t, (x_adv, loss, _, _) in enumerate(path):
             losses[-1].append(loss.cpu())
             if t in right:
-                with torch.no_grad():
-                    right[t] += (run.model(x_adv).argmax(1) == y).sum().item()
+                right[t] += (run.model(x_adv).argmax(1) == y).sum().item()
     losses = torch.cat([torch.stack(batch) for batch in losses], 1).double().numpy()  # (steps + 1, N)
     return losses, {t: n / len(images.x) for t, n in right.items()}
 
 
-def maximisers(run):
-    """{name: (rule, steps)}. Only PGD and the learned optimizer go on beyond T: 100 steps are what takes the time."""
+def maximisers(run, only):
+    """{name: (rule, steps)} for the analyses in `only`. 100 steps are what takes the time, so only PGD and the learned
+    optimizer go on so long. Momentum gains from longer steps than PGD does."""
     rules = {f"pgd {name}": (fixed_step(share), LONGER[-1]) for name, share in STEP_SIZES.items()}
     rules["line search"] = line_search, T
-    rules |= {f"momentum {name}": (momentum(share), T) for name, share in STEP_SIZES.items()}
+    rules |= {f"momentum {name}": (momentum(share), T) for name, share in {**STEP_SIZES, "eps": 1}.items()}
     if run.optimizer is not None:
         rules["learned"] = learned(run.optimizer), LONGER[-1]
+    if "step" not in only:
+        both = ("pgd eps/4", "learned") if "longer" in only and run.optimizer is not None else ()
+        rules = {name: rules[name] for name in both}
     return rules
 
 
 # ---- The analyses: each returns what goes into the JSON file, plain numbers by name ---------------------------------
 
 def step(run, climbs):
-    """(a) Mean inner loss at t = 0 … T, and after 100 steps where an attack went on. climbs: {name: what climb says}."""
-    result = {"loss": run.loss_name, "by step": {name: losses[:T + 1].mean(1).tolist() for name, (losses, _) in climbs.items()},
-              "after 100": {name: losses[-1].mean() for name, (losses, _) in climbs.items() if len(losses) > T + 1}}
-    if run.optimizer is not None:
-        result["verdict"] = verdict({name: losses for name, (losses, _) in climbs.items()})
-    return result
+    """(a) Mean inner loss at t = 0 … T, and after 100 steps where an attack goes on. climbs: {name: climb(…)}."""
+    losses = {name: losses for name, (losses, _) in climbs.items()}
+    result = {"loss": run.loss_name, "by step": {name: each[:T + 1].mean(1).tolist() for name, each in losses.items()},
+              "after 100": {name: each[-1].mean() for name, each in losses.items() if len(each) > T + 1}}
+    return result if run.optimizer is None else {**result, "verdict": verdict(losses)}
 
 
 def verdict(losses):
-    """The paper's claim for one run: T learned steps reach a higher loss than T of any hand-made attack, and than 100 of
-    PGD. The loss is compared image by image, which gives the standard error of the mean difference."""
+    """The paper's claim on one run: T learned steps reach a higher loss than T of any attack by hand, and than 100 of
+    PGD's. Losses are compared image by image, which gives the standard error of the mean difference."""
     ours = losses["learned"][T]  # (N,)
     result = {"claim": "holds", "learned": ours.mean()}
     rivals = {"after 10": {name: each[T] for name, each in losses.items() if name != "learned"},
               "after 100": {name: each[-1] for name, each in losses.items() if name.startswith("pgd")}}
     for when, rival in rivals.items():
         best = max(rival, key=lambda name: rival[name].mean())
-        difference = ours - rival[best]
-        error = difference.std() / max(len(ours) - 1, 1) ** 0.5
-        result[when] = {"best": best, "loss": rival[best].mean(), "difference": difference.mean(), "error": error}
-        if difference.mean() < -2 * error:
+        gain = ours - rival[best]
+        error = gain.std() / max(len(gain) - 1, 1) ** 0.5
+        result[when] = {"best": best, "loss": rival[best].mean(), "difference": gain.mean(), "error": error}
+        if gain.mean() < -2 * error:
             result["claim"] = "does not hold"
-        elif difference.mean() <= 2 * error and result["claim"] == "holds":
-            result["claim"] = "is undecided (within two standard errors)"
+        elif gain.mean() <= 2 * error and result["claim"] == "holds":
+            result["claim"] = "is undecided, within two standard errors"
     return result
 
 
-def longer(run, climbs):
+def longer(climbs):
     """(b) Mean inner loss and accuracy after each number of steps in LONGER."""
     return {name: {"loss": [climbs[name][0][t].mean() for t in LONGER], "accuracy": list(climbs[name][1].values())}
             for name in ("learned", "pgd eps/4")}
 
 
-def transfer(runs, images):
-    """(c) {attack: {target's label: accuracy}}; an attack is a source's label and pgd-10 or learned-10."""
-    def attacks(run):
-        yield "pgd-10", lambda x, y: pgd(run.model, x, y, eps=images.eps, step_size=images.eps / 4, steps=T)
-        if run.optimizer is not None:
-            yield "learned-10", lambda x, y: learned_attack(run.model, run.optimizer, x, y, eps=images.eps, steps=T)
+def attacks(run, eps):
+    """The run's T-step attacks on cross-entropy, {name: callable(x, y) → x_adv}."""
+    result = {f"pgd-{T}": lambda x, y: pgd(run.model, x, y, eps=eps, step_size=eps / 4, steps=T)}
+    if run.optimizer is not None:
+        result[f"learned-{T}"] = lambda x, y: learned_attack(run.model, run.optimizer, x, y, eps=eps, steps=T)
+    return result
 
+
+def transfer(runs, images):
+    """(c) {"source's label, attack": {target's label: accuracy}}."""
     result = {}
     for source in runs:
-        for name, attack in attacks(source):
-            x_adv = torch.cat([attack(x, y) for x, y in images.batches()])
+        for name, attack in attacks(source, images.eps).items():
+            x_adv = torch.cat([attack(x, y) for x, y in images.batches()])  # (N, C, H, W)
             result[f"{source.label} {name}"] = {
-                target.label: evaluate(target.model, x_adv, images.y, {}, images.batch_size)["natural"] for target in runs}
+                run.label: evaluate(run.model, x_adv, images.y, {}, images.batch_size)["natural"] for run in runs}
     return result
 
 
@@ -208,14 +207,14 @@ def behaviour(run, images):
     and the share with sign(δ_t) = sign(g_{t−1}) among those with g_{t−1} ≠ 0."""
     length, boundary, same, nonzero = np.zeros((4, T))
     for x, y in images.batches():
-        # On the boundary: at the lower or upper end of what ball and box allow. The tolerance is ten times the rounding
-        # of x ± eps in fp32. A black pixel that never moved counts too: it lies on the face at 0.
+        # On the boundary: at the lower or the upper end of what ball and box allow. The tolerance is ten times the
+        # rounding of x ± eps in fp32. A black pixel that never moved counts too: it lies on the box's face at 0.
         lower, upper = (x - images.eps).clamp(min=0) + 1e-6, (x + images.eps).clamp(max=1) - 1e-6
-        for t, (x_adv, _, g, move) in enumerate(trajectory(run.model, x, y, learned(run.optimizer), eps=images.eps, steps=T,
-                                                           objective=run.objective)):
+        path = trajectory(run.model, x, y, learned(run.optimizer), eps=images.eps, steps=T, objective=run.objective)
+        for t, (x_adv, _, g, move) in enumerate(path):
             if t > 0:
                 boundary[t - 1] += ((x_adv <= lower) | (x_adv >= upper)).sum().item()
-            if t < T:
+            if t < T:  # δ_{t+1} of the paper's count from 1
                 length[t] += move.abs().double().sum().item() / images.eps
                 same[t] += ((move.sign() == g.sign()) & (g != 0)).sum().item()
                 nonzero[t] += (g != 0).sum().item()
@@ -226,46 +225,56 @@ def behaviour(run, images):
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------
 
-def table(title, columns, rows, width=8):
+def table(title, columns, rows, width=9):
     """Print a title and rows {name: texts}, the columns right-aligned."""
     first = max(map(len, rows))
-    print(f"\n{title}\n" + "\n".join(f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells)
-                                     for name, cells in [("", columns), *rows.items()]), flush=True)
+    print(f"\n{title}")
+    for name, cells in [("", columns), *rows.items()]:
+        print(f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
 
 
 def print_step(label, result, about):
     best = max(result["by step"], key=lambda name: result["by step"][name][T])
-    rows = {name: [*(f"{loss:.4f}" for loss in losses[:T]), f"{losses[T]:.4f}{'*' if name == best else ' '}",
-                   f"{result['after 100'][name]:.4f}" if name in result["after 100"] else "-"]
+    digits = 4 if result["by step"][best][T] >= 0.1 else 5
+    after = {name: f"{loss:.{digits}f}" for name, loss in result["after 100"].items()}
+    rows = {name: [*(f"{loss:.{digits}f}" for loss in losses), after.get(name, "-")]
             for name, losses in result["by step"].items()}
-    table(f"(a) {label}: inner loss ({result['loss']}) after t gradients; * the highest at t = {T}\n{about}",
-          [*map(str, range(T)), f"{T} ", "100"], rows)
+    rows[best][T] += "*"
+    table(f"(a) {label}: inner loss ({result['loss']}) after t gradients; * the highest after {T}\n{about}",
+          [*range(T + 1), 100], rows)
     if "verdict" in result:
         v = result["verdict"]
-        print(f"{T} learned steps reach {v['learned']:.4f}. " + "; ".join(
-            f"the best {what} reach {r['loss']:.4f} ({r['best']}), difference {r['difference']:+.4f}, standard error "
-            f"{r['error']:.4f}" for what, r in ((f"{T} by hand", v["after 10"]), ("100 of PGD", v["after 100"]))))
-        print(f"{label}: the claim that {T} learned steps find more than {T} of any other attack and 100 of PGD {v['claim']}")
+        print(f"{T} learned steps: {v['learned']:.{digits}f}")
+        for what, r in (f"{T} by hand", v["after 10"]), ("100 of PGD", v["after 100"]):
+            print(f"the best {what}: {r['loss']:.{digits}f} ({r['best']}); learned minus this: "
+                  f"{r['difference']:+.{digits}f}, standard error {r['error']:.{digits}f}")
+        print(f"verdict: that {T} learned steps beat {T} of any other and 100 of PGD {v['claim']}", flush=True)
 
 
-def print_tables(result, about):
-    """(b), (c) and (d); (a) is printed run by run."""
-    if result.get("longer"):
-        rows = {f"{label} {name}": [*(f"{loss:.4f}" for loss in r["loss"]), *(f"{100 * a:.2f}" for a in r["accuracy"])]
-                for label, by_name in result["longer"].items() for name, r in by_name.items()}
-        table(f"(b) Run for more steps than the {T} of training: each run's inner loss, then accuracy in %\n{about}",
-              [*(f"loss {t}" for t in LONGER), *(f"acc {t}" for t in LONGER)], rows, 10)
-    if "transfer" in result:
-        rows = {attack: [f"{100 * a:.2f}" for a in by_target.values()] for attack, by_target in result["transfer"].items()}
-        columns = list(next(iter(result["transfer"].values())))
-        table(f"(c) Transfer: accuracy in % of each column's run on attacks made on the row's (cross-entropy)\n{about}",
-              columns, rows, max(map(len, columns), default=0) + 3)
-    for label, by_quantity in result.get("behaviour", {}).items():
-        rows = {quantity: [f"{value:.3f}" for value in values] for quantity, values in by_quantity.items()}
-        table(f"(d) {label}: what the learned optimizer does at step t\n{about}", range(1, T + 1), rows)
+def print_longer(by_run, about):
+    rows = {f"{label} {name}": [*(f"{loss:.5f}" for loss in r["loss"]), *(f"{100 * a:.2f}" for a in r["accuracy"])]
+            for label, by_name in by_run.items() for name, r in by_name.items()}
+    table(f"(b) The learned optimizer run for longer: each run's own inner loss, and accuracy in %\n{about}",
+          [*(f"loss {t}" for t in LONGER), *(f"acc {t}" for t in LONGER)], rows, 10)
+
+
+def print_transfer(by_attack, about):
+    labels = list(next(iter(by_attack.values())))
+    rows = {attack: [f"{100 * accuracy:.2f}" for accuracy in row.values()] for attack, row in by_attack.items()}
+    table(f"(c) Transfer: accuracy in % of the column's run on attacks made on the row's, with cross-entropy\n{about}",
+          labels, rows, max(map(len, labels)) + 3)
+
+
+def print_behaviour(label, by_quantity, about):
+    table(f"(d) {label}: the learned optimizer at step t\n{about}", range(1, T + 1),
+          {quantity: [f"{value:.3f}" for value in values] for quantity, values in by_quantity.items()})
 
 
 # ---- Figures --------------------------------------------------------------------------------------------------------
+
+STYLES = {"pgd eps/8": "C0:", "pgd eps/4": "C0-", "pgd eps/2": "C0--", "line search": "C2-s", "momentum eps/8": "C1:x",
+          "momentum eps/4": "C1-x", "momentum eps/2": "C1--x", "momentum eps": "C1-.x", "learned": "k-o"}
+
 
 def pyplot():
     """matplotlib.pyplot drawing to files, or None after one line that says how to get it."""
@@ -278,6 +287,11 @@ def pyplot():
         print("analyse.py: no figures without matplotlib: python3 -m pip install matplotlib", file=sys.stderr)
 
 
+def panels(plt, rows, columns, width=3.3, height=3.4):
+    return plt.subplots(rows, columns, figsize=(max(width * columns, 6), height * rows + 0.7), squeeze=False,
+                        layout="constrained")
+
+
 def save_figure(plt, figure, title, path):
     figure.suptitle(title)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
@@ -285,96 +299,84 @@ def save_figure(plt, figure, title, path):
     print(path)
 
 
-def panels(plt, n, rows=1):
-    """A figure with n columns of panels, flat where there is one row."""
-    figure, axes = plt.subplots(rows, n, figsize=(max(3.2 * n, 6), 3.4 * rows + 0.6), squeeze=False, layout="constrained")
-    return figure, axes[0] if rows == 1 else axes
-
-
-STYLES = {"pgd eps/8": "C0:", "pgd eps/4": "C0-", "pgd eps/2": "C0--", "line search": "C2-.", "momentum eps/8": "C1:",
-          "momentum eps/4": "C1-", "momentum eps/2": "C1--", "learned": "k-o"}
-
-
-def draw_steps(plt, steps, about, folder):
-    figure, axes = panels(plt, len(steps))
-    for ax, (label, result) in zip(axes, steps.items()):
+def draw_steps(plt, by_run, about, folder):
+    figure, (axes,) = panels(plt, 1, len(by_run))
+    for ax, (label, result) in zip(axes, by_run.items()):
         top = max(result["after 100"].values())
         for name, losses in result["by step"].items():
             ax.plot(range(T + 1), [100 * loss / top for loss in losses], STYLES[name], markersize=4, label=name)
-        ax.set(title=f"{label} ({result['loss']})", xlabel="gradients t", ylim=(85, 101.5), xlim=(0.5, T + 0.2))
-    axes[0].set_ylabel("inner loss, % of the highest after 100 steps")
-    axes[-1].legend(fontsize=8)
+        ax.set(title=f"{label}, {result['loss']}", xlabel="gradients t", xlim=(0.8, T + 0.2), ylim=(80, 102))
+        ax.title.set_fontsize(10)
+    axes[0].set_ylabel("inner loss, % of the highest after 100")
+    handles = [ax.get_legend_handles_labels() for ax in axes]
+    figure.legend(*max(handles, key=lambda pair: len(pair[1])), loc="outside right center", fontsize=8)
     save_figure(plt, figure, f"How fast each attack climbs the inner loss\n{about}", folder / "inner-loss.png")
 
 
 def draw_training(plt, logs, folder):
-    figure, axes = panels(plt, len(logs), rows=2)
-    keys = [{"natural": "k-o", "pgd-10": "C0--s"}, {"loss": "k-o", "pgd-10 loss": "C0--s", "learned-10 loss": "C1:^"}]
+    figure, axes = panels(plt, 2, len(logs), height=2.8)
+    styles = [{"natural": "k-o", "pgd-10": "C0--s"}, {"loss": "k-o", "pgd-10 loss": "C0--s", "learned-10 loss": "C1:^"}]
     for column, (label, log) in zip(axes.T, logs.items()):
-        for ax, styles in zip(column, keys):
-            for key, style in styles.items():
-                if log and key in log[-1]:
-                    scale = 100 if key in keys[0] else 1
-                    points = [(row["epoch"], scale * row[key]) for row in log if key in row]
-                    ax.plot(*zip(*points), style, markersize=4, label="outer loss in training" if key == "loss" else key)
-            ax.set(xlabel="epoch")
-            ax.legend(fontsize=8)
+        for ax, style_of, scale in zip(column, styles, (100, 1)):
+            for key in style_of:
+                points = [(row["epoch"], scale * row[key]) for row in log if key in row]
+                if points:
+                    ax.plot(*zip(*points), style_of[key], markersize=4, label=key)
+                    ax.legend(fontsize=8)
+            ax.xaxis.get_major_locator().set_params(integer=True)
         column[0].set(title=label, ylim=(0, 100))
-    axes[0, 0].set_ylabel("accuracy in %, held-out images")
-    axes[1, 0].set_ylabel("loss")
+        column[1].set(xlabel="epoch")
+    axes[0, 0].set_ylabel("held-out accuracy in %")
+    axes[1, 0].set_ylabel("loss: outer; after *-10: inner")
     save_figure(plt, figure, "Training, epoch by epoch", folder / "training.png")
 
 
 def draw_images(plt, runs, images, about, folder, n=8):
-    """Clean images, then for each run the attacked ones and the magnified difference."""
-    batch = next(images._replace(x=images.x[:n], y=images.y[:n]).batches())
-    rows = [("clean", batch[0], [""] * n)]
+    """The first n images, and for each run what its own attack (PGD, if it has no optimizer) makes of them."""
+    x, y = images.x[:n], images.y[:n]
+    rows = [("clean", x, y.tolist())]
     for run in runs:
+        name, attack = list(attacks(run, images.eps).items())[-1]
         torch.manual_seed(images.seed)
-        if run.optimizer is None:
-            x_adv = pgd(run.model, *batch, eps=images.eps, step_size=images.eps / 4, steps=T)
-        else:
-            x_adv = learned_attack(run.model, run.optimizer, *batch, eps=images.eps, steps=T)
+        x_adv = attack(x, y)
         with torch.no_grad():
-            guess = [f"{a} → {b}" for a, b in zip(run.model(batch[0]).argmax(1).tolist(), run.model(x_adv).argmax(1).tolist())]
-        rows += [(f"{run.label}\n{'pgd' if run.optimizer is None else 'learned'}-{T}", x_adv, guess),
-                 ("difference", (x_adv - batch[0]) / (2 * images.eps) + 0.5, [""] * n)]
-    figure, axes = plt.subplots(len(rows), n, figsize=(n + 1, 1.15 * len(rows) + 0.8), squeeze=False, layout="constrained")
-    for line, (name, shown, titles) in zip(axes, rows):
-        for ax, image, title in zip(line, shown, titles):
-            ax.imshow(image.permute(1, 2, 0).cpu().clamp(0, 1).expand(-1, -1, 3))  # (H, W, 3)
-            ax.set_title(title, fontsize=9)
+            rows.append((f"{run.label}\n{name}", x_adv, run.model(x_adv).argmax(1).tolist()))
+        rows.append(("difference", (x_adv - x) / (2 * images.eps) + 0.5, [""] * n))
+    figure, axes = panels(plt, len(rows), len(x), width=1.1, height=1.15)
+    for line, (name, shown, classes) in zip(axes, rows):
+        for ax, image, label in zip(line, shown.cpu().clamp(0, 1), classes):
+            ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3))  # (H, W, 3), grey or colour
+            ax.set_title(label, fontsize=9)
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=8)
-    save_figure(plt, figure, f"Class before → after the attack; difference: grey is 0, black and white are -eps and +eps\n"
-                f"{about}", folder / "images.png")
+    save_figure(plt, figure, "True class, and each classifier's answer to its own attack\n(difference: black -eps, "
+                f"white +eps)\n{about}", folder / "images.png")
 
 
 @torch.no_grad()
-def surface(run, images, size=21):
-    """Mean cross-entropy at x + a·sign(g) + b·r, clipped to [0, 1]: (size, size), row b, column a, both in ±1.5 eps."""
-    objective = AdvTrain()
-    x, y = next(images._replace(batch_size=64).batches())
+def surface(run, images, shares):
+    """Mean cross-entropy at x + eps·(a·sign(g) + b·r), clipped to [0, 1]: row b, column a, both in `shares`."""
+    x, y, objective = images.x[:64], images.y[:64], AdvTrain()
+    torch.manual_seed(images.seed)
+    r = torch.randint_like(x, 2) * 2 - 1  # (B, C, H, W), like g
     with eval_mode(run.model):
         g, _ = input_gradient(run.model, x, objective, y)
-        r = torch.randint_like(x, 2) * 2 - 1
-        span = (1.5 * images.eps * torch.linspace(-1, 1, size)).tolist()
-        return np.array([[objective.inner_loss(run.model((x + a * g.sign() + b * r).clamp(0, 1)), y).mean().item()
-                          for a in span] for b in span])
+        return [[objective.inner_loss(run.model((x + images.eps * (a * g.sign() + b * r)).clamp(0, 1)), y).mean().item()
+                 for a in shares] for b in shares]
 
 
 def draw_surfaces(plt, runs, images, about, folder):
-    figure, axes = panels(plt, len(runs))
+    figure, (axes,) = panels(plt, 1, len(runs))
+    shares = np.linspace(-1.5, 1.5, 21).tolist()
     for ax, run in zip(axes, runs):
-        loss = surface(run, images)
-        span = np.linspace(-1.5, 1.5, len(loss))
-        ax.contourf(span, span, loss, 12, cmap="Greys", alpha=0.6)
-        ax.clabel(ax.contour(span, span, loss, 12, colors="k", linewidths=0.7), fontsize=7)
+        loss = surface(run, images, shares)
+        ax.contourf(shares, shares, loss, 12, cmap="Greys", alpha=0.6)
+        ax.clabel(ax.contour(shares, shares, loss, 12, colors="k", linewidths=0.7), fontsize=7)
         ax.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], "C1--")
         ax.set(title=run.label, xlabel="along sign(g), in eps", aspect="equal")
     axes[0].set_ylabel("along a random sign, in eps")
-    save_figure(plt, figure, f"The loss rises along sign(g) and hardly along a random direction: mean cross-entropy of "
-                f"{min(64, len(images.x))} images\n{about}", folder / "surface.png")
+    save_figure(plt, figure, f"Mean cross-entropy of {len(images.x[:64])} images around x; dashed: |a|, |b| = eps\n"
+                f"{about}", folder / "surface.png")
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -384,82 +386,91 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def whole(least):
-    """A whole number of at least `least` on the command line."""
-    def number(text):
+def at_least(least):
+    """The argparse type of whole numbers from `least` up."""
+    def whole(text):
         if not least <= int(text) < 2 ** 63:
             raise ValueError
         return int(text)
-    return number
+    return whole
 
 
 def load_runs(folders, which, device):
-    """The runs that one table can hold → [Run], and the settings they share. Raises InputError."""
+    """The runs of one call → [Run], and the settings of the first. Raises InputError if they do not belong together."""
     for folder in folders:
         if not Path(folder).is_dir():
             raise InputError(f"{folder} is not a run's folder")
-    if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        raise InputError("a run is given twice")
     names = [Path(folder).resolve().name for folder in folders]
-    runs, shared = [], []
-    for label, folder in zip(names if len(set(names)) == len(names) else folders, folders):
-        model, optimizer, settings = load_run(folder, which, device)
-        objective = METHODS[settings.method][0]
-        objective = Trades(settings.beta) if objective is Trades else objective()
-        runs.append(Run(label, settings.method, model, optimizer, objective, Path(folder)))
-        shared.append(settings)
+    labels = names if len(set(names)) == len(names) else folders
+    if len(set(labels)) < len(labels):
+        raise InputError("one run is given twice")
+    runs, settings = [], []
+    for label, folder in zip(labels, folders):
+        model, optimizer, s = load_run(folder, which, device)
+        objective = METHODS[s.method][0]
+        objective = Trades(s.beta) if objective is Trades else objective()
+        runs.append(Run(label, s.method, model, optimizer, objective, Path(folder)))
+        settings.append(s)
     for name in ("dataset", "eps"):
-        if len({getattr(settings, name) for settings in shared}) > 1:
+        if len({getattr(s, name) for s in settings}) > 1:
             raise InputError(f"these runs differ in {name}: analyse them separately")
-    return runs, shared[0]
+    return runs, settings[0]
 
 
 def read_log(run):
     """The rows of the run's log.jsonl, one per epoch; none if it has no log."""
     path = run.folder / "log.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except ValueError:
         raise InputError(f"{path} is damaged: a line is not JSON") from None
 
 
-def analyse(args):
-    device = pick_device(args.device)
-    runs, settings = load_runs(args.runs, args.checkpoint, device)
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise InputError(f"no folder to write {args.json} into")
-    data = load_dataset(settings.dataset, args.data_dir or settings.data_dir)
-    x, y = to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device)
-    images = Images(x, y, settings.eps, args.seed, args.batch_size)
-    plt = pyplot() if args.figures else None
-    if plt:
-        logs = {run.label: read_log(run) for run in runs}
-        Path(args.figures).mkdir(parents=True, exist_ok=True)
-    about = (f"{settings.dataset}, eps = {settings.eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} "
-             f"checkpoint, seed {args.seed}")
-    result = {"dataset": settings.dataset, "eps": settings.eps, "images": len(x), "checkpoint": args.checkpoint,
-              "seed": args.seed, "batch_size": args.batch_size, "runs": {run.label: run.method for run in runs},
-              **{name: {} for name in args.only}}
+def analyse(runs, images, only, about):
+    """Do and print the analyses in `only` → {analysis: results}."""
+    result = {name: {} for name in only}
     for run in runs:
-        wanted = maximisers(run) if "step" in args.only else {}
-        if "longer" in args.only and run.optimizer is not None:
-            wanted = {name: maximisers(run)[name] for name in {**wanted, "pgd eps/4": 0, "learned": 0}}
-        climbs = {name: climb(run, images, *rule_and_steps) for name, rule_and_steps in wanted.items()}
-        if "step" in args.only:
+        climbs = {name: climb(run, images, *rule) for name, rule in maximisers(run, only).items()}
+        if "step" in only:
             result["step"][run.label] = step(run, climbs)
             print_step(run.label, result["step"][run.label], about)
-        if run.optimizer is not None:
-            if "longer" in args.only:
-                result["longer"][run.label] = longer(run, climbs)
-            if "behaviour" in args.only:
-                result["behaviour"][run.label] = behaviour(run, images)
-    if "transfer" in args.only:
+        if "longer" in only and run.optimizer is not None:
+            result["longer"][run.label] = longer(climbs)
+    if result.get("longer"):
+        print_longer(result["longer"], about)
+    if "transfer" in only:
         result["transfer"] = transfer(runs, images)
-    print_tables(result, about)
+        print_transfer(result["transfer"], about)
+    for run in runs:
+        if "behaviour" in only and run.optimizer is not None:
+            result["behaviour"][run.label] = behaviour(run, images)
+            print_behaviour(run.label, result["behaviour"][run.label], about)
+    return result
+
+
+def work(args):
+    for name in args.only:
+        if name not in ANALYSES:
+            raise InputError(f"unknown analysis {name!r}: choose from {', '.join(ANALYSES)}")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        raise InputError(f"cannot write {args.json}: it is a folder, or its folder is missing")
+    device = pick_device(args.device)
+    runs, settings = load_runs(args.runs, args.checkpoint, device)
+    data = load_dataset(settings.dataset, args.data_dir or settings.data_dir)
+    images = Images(to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device), settings.eps,
+                    args.seed, args.batch_size)
+    plt = pyplot() if args.figures else None
+    if plt:  # what can go wrong with these should do so now, not after the analyses
+        logs, folder = {run.label: read_log(run) for run in runs}, Path(args.figures)
+        folder.mkdir(parents=True, exist_ok=True)
+    about = (f"{settings.dataset}, eps = {settings.eps * 255:g}/255, the first {len(images.x)} test images, "
+             f"{args.checkpoint} checkpoint, seed {args.seed}")
+    result = {"dataset": settings.dataset, "eps": settings.eps, "images": len(images.x), "checkpoint": args.checkpoint,
+              "seed": args.seed, "batch_size": args.batch_size, "runs": {run.label: run.method for run in runs},
+              **analyse(runs, images, args.only, about)}
     if args.json:
         write_whole(args.json, lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
     if plt:
-        folder = Path(args.figures)
         if "step" in args.only:
             draw_steps(plt, result["step"], about, folder)
         draw_training(plt, logs, folder)
@@ -471,22 +482,17 @@ def main(argv=None):
     """The command line; returns 2 after one clear line for a user's mistake, else None."""
     parser = Parser(prog="analyse.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders, all of one data set and eps")
-    parser.add_argument("--limit", type=whole(1), default=256, help="only the first so many test images; default 256")
+    parser.add_argument("--limit", type=at_least(1), default=256, help="the first so many test images; default 256")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--data-dir", help="where the data lies; default as in training")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--batch-size", type=whole(1), default=256)
-    parser.add_argument("--only", default=",".join(ANALYSES), help="some of the analyses: step,longer,transfer,behaviour")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--batch-size", type=at_least(1), default=256)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=ANALYSES, help="e.g. step,transfer")
+    parser.add_argument("--json", metavar="FILE", help="write all the numbers to this file")
     parser.add_argument("--figures", metavar="DIR", help="draw figures into this folder; needs matplotlib")
-    args = parser.parse_args(argv)
-    args.only = args.only.split(",")
     try:
-        for name in args.only:
-            if name not in ANALYSES:
-                raise InputError(f"unknown analysis {name!r}: choose from {', '.join(ANALYSES)}")
-        analyse(args)
+        work(parser.parse_args(argv))
     except (InputError, OSError) as error:
         print(f"analyse.py: {error}", file=sys.stderr)
         return 2
