@@ -345,7 +345,7 @@ def draw_images(plt, runs, images, about, folder, n=8):
     figure, axes = panels(plt, len(rows), len(x), width=1.1, height=1.15)
     for line, (name, shown, classes) in zip(axes, rows):
         for ax, image, label in zip(line, shown.cpu().clamp(0, 1), classes):
-            ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3))  # (H, W, 3), grey or colour
+            ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy())  # (H, W, 3), grey or colour
             ax.set_title(label, fontsize=9)
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=8)
