@@ -956,7 +956,8 @@ def test_analyse_follows_the_attacks_of_the_modules(name, objective):
     optimizer = big_steps("lstm")
     attack = {
         "pgd eps/4": lambda x, y: pgd(model, x, y, eps=0.2, step_size=0.05, steps=10, objective=objective),
-        "line search": lambda x, y: pgd(model, x, y, eps=0.2, step_size=0.2, steps=10, objective=objective, line_search=True),
+        "line search": lambda x, y: pgd(model, x, y, eps=0.2, step_size=0.2, steps=10, objective=objective,
+                                        line_search=True),
         "learned": lambda x, y: learned_attack(model, optimizer, x, y, eps=0.2, steps=10, objective=objective)}[name]
     run, images = run_of(model, optimizer, objective=objective), analyse.Images(x, y, 0.2, seed=3, batch_size=4)
     rule = analyse.maximisers(run, ["step"])[name][0]
@@ -998,8 +999,8 @@ def test_analyse_momentum_remembers():
     x, y = torch.tensor([0.5, 0.9]).view(1, 1, 1, 2), torch.zeros(1, dtype=torch.long)
     ends = {}
     for decay in (0.0, 1.0):
-        *_, (ends[decay], _, _, _) = analyse.trajectory(Turning(), x, y, analyse.momentum(0.25, decay), eps=0.1, steps=2,
-                                                        objective=AdvTrain())
+        rule = analyse.momentum(0.25, decay)
+        *_, (ends[decay], _, _, _) = analyse.trajectory(Turning(), x, y, rule, eps=0.1, steps=2, objective=AdvTrain())
     # x'[0] climbs to 0.525, where its share of the gradient turns from 3/4 to −1/2: only without memory does it go back
     assert ends[0.0][0, 0, 0, 0] < 0.51 and ends[1.0][0, 0, 0, 0] > 0.54
 
@@ -1007,7 +1008,8 @@ def test_analyse_momentum_remembers():
 def test_analyse_transfer_has_the_white_box_on_its_diagonal():
     (a, x, _), (b, _, _) = problem(batch=40, dtype=torch.float32), problem(seed=5, dtype=torch.float32)
     y, optimizer = b(x).argmax(1), big_steps("lstm").float()  # b is always right, until it is attacked
-    result = analyse.transfer([run_of(a, optimizer, "a"), run_of(b, None, "b")], analyse.Images(x, y, 0.1, 3, batch_size=40))
+    images = analyse.Images(x, y, 0.1, seed=3, batch_size=40)
+    result = analyse.transfer([run_of(a, optimizer, "a"), run_of(b, None, "b")], images)
     by_hand = lambda model, x, y: pgd(model, x, y, eps=0.1, step_size=0.025, steps=10)  # noqa: E731
     for source, name, attack in ((a, "a pgd-10", by_hand), (b, "b pgd-10", by_hand), (
             a, "a learned-10", lambda model, x, y: learned_attack(model, optimizer, x, y, eps=0.1, steps=10))):
@@ -1015,7 +1017,8 @@ def test_analyse_transfer_has_the_white_box_on_its_diagonal():
             torch.manual_seed(3)
             expected = evaluate(target, x, y, {"it": lambda _, x, y: attack(source, x, y)}, batch_size=40)["it"]
             assert result[name][label] == expected
-    assert list(result) == ["a pgd-10", "a learned-10", "b pgd-10"] and result["b pgd-10"]["b"] < result["a pgd-10"]["b"]
+    assert list(result) == ["a pgd-10", "a learned-10", "b pgd-10"]
+    assert result["b pgd-10"]["b"] < result["a pgd-10"]["b"]
 
 
 class HalfSign(nn.Module):
@@ -1037,14 +1040,16 @@ def test_analyse_behaviour_of_a_hand_made_optimizer():
     assert boundary[0] == 0 and boundary[2:] == pytest.approx([8 / 9] * 8)
     against = HalfSign()
     against.forward = lambda g, state=None: HalfSign.forward(against, g, turned=True)
-    assert analyse.behaviour(run_of(Linear(w), against), analyse.Images(x, y, 0.1, 0, 4))["agrees with sign(g)"] == [0.0] * 10
+    result = analyse.behaviour(run_of(Linear(w), against), analyse.Images(x, y, 0.1, seed=0, batch_size=4))
+    assert result["agrees with sign(g)"] == [0.0] * 10
     # black images: every pixel starts within the noise of the face at 0, and half of the noise is cut there
     black = analyse.Images(torch.zeros(64, 1, 3, 3), torch.zeros(64, dtype=torch.long), 0.1, 0, 64)
     boundary = analyse.behaviour(run_of(Linear(-w.abs()), HalfSign()), black)["on the boundary"]
     assert boundary[0] == pytest.approx(8 / 9 + 1 / 18, abs=0.03)
 
 
-@pytest.mark.parametrize("ours, claim", [((3.0, 3.1), "holds"), ((1.0, 1.2), "does not hold"), ((2.5, 1.5), "is undecided")])
+@pytest.mark.parametrize("ours, claim", [
+    ((3.0, 3.1), "holds"), ((1.0, 1.2), "does not hold"), ((2.5, 1.5), "is undecided")])
 def test_analyse_verdict_is_about_the_best_of_the_others(ours, claim):
     def path(at_10, at_100=None):
         losses = np.zeros((11 if at_100 is None else 101, 2))
@@ -1105,12 +1110,13 @@ def test_analyse_refuses_bad_input_in_one_line(tiny, capsys):
     Path("empty").mkdir()
     before = sorted(Path(".").rglob("*"))
     for flags, words in (
-            ("--only steps", "unknown analysis 'steps'"), ("--only step,", "unknown analysis ''"), ("--limit 0", "--limit"),
-            ("--limit -3", "--limit"), ("--batch-size 0", "--batch-size"), ("--seed -1", "--seed"),
+            ("--only steps", "unknown analysis 'steps'"), ("--only step,", "unknown analysis ''"),
+            ("--limit 0", "--limit"), ("--limit -3", "--limit"), ("--limit few", "--limit"), ("--seed -1", "--seed"),
+            ("--batch-size 0", "--batch-size"),
             ("--checkpoint first", "--checkpoint"), ("--device tpu9", "no device"), ("nothing", "nothing is not a run"),
             ("advtrain/best.pt", "not a run"), ("empty", "best.pt is missing"), ("other-eps", "differ in eps"),
-            ("mnist", "differ in dataset"), ("advtrain", "given twice"), ("--data-dir nowhere", "no cifar10 in nowhere"),
-            ("--json nowhere/all.json", "cannot write nowhere/all.json"), ("--json empty", "cannot write empty")):
+            ("mnist", "differ in dataset"), ("advtrain", "given twice"),
+            ("--data-dir nowhere", "no cifar10 in nowhere"), ("--json nowhere/all.json", "cannot write nowhere/all.json"), ("--json empty", "cannot write empty")):
         capsys.readouterr()
         try:
             status = analyse.main(["--json", "all.json", "advtrain", *flags.split()])

@@ -367,15 +367,15 @@ def surface(run, images, shares):
 
 def draw_surfaces(plt, runs, images, about, folder):
     figure, (axes,) = panels(plt, 1, len(runs))
-    shares = np.linspace(-1.5, 1.5, 21).tolist()
+    shares = np.linspace(-1.5, 1.5, 15).tolist()
     for ax, run in zip(axes, runs):
         loss = surface(run, images, shares)
         ax.contourf(shares, shares, loss, 12, cmap="Greys", alpha=0.6)
         ax.clabel(ax.contour(shares, shares, loss, 12, colors="k", linewidths=0.7), fontsize=7)
-        ax.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], "C1--")
+        ax.plot([1, 0, -1, 0, 1], [0, 1, 0, -1, 0], "C1--", linewidth=2.5)  # |a| + |b| = 1: some coordinate moves by eps
         ax.set(title=run.label, xlabel="along sign(g), in eps", aspect="equal")
     axes[0].set_ylabel("along a random sign, in eps")
-    save_figure(plt, figure, f"Mean cross-entropy of {len(images.x[:64])} images around x; dashed: |a|, |b| = eps\n"
+    save_figure(plt, figure, f"Mean cross-entropy of {len(images.x[:64])} images around x; dashed: the eps-ball\n"
                 f"{about}", folder / "surface.png")
 
 
