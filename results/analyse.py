@@ -127,16 +127,16 @@ def climb(run, images, rule, steps):
         losses.append([])
         path = trajectory(run.model, x, y, rule, eps=images.eps, steps=steps, objective=run.objective)
         for t, (x_adv, loss, _, _) in enumerate(path):
-            losses[-1].append(loss.cpu())
+            losses[-1].append(loss)
             if t in right:
                 right[t] += (run.model(x_adv).argmax(1) == y).sum().item()
-    losses = torch.cat([torch.stack(batch) for batch in losses], 1).double().numpy()  # (steps + 1, N)
+    losses = torch.cat([torch.stack(batch) for batch in losses], 1).double().cpu().numpy()  # (steps + 1, N)
     return losses, {t: n / len(images.x) for t, n in right.items()}
 
 
 def maximisers(run, only):
     """{name: (rule, steps)} for the analyses in `only`. 100 steps are what takes the time, so only PGD and the learned
-    optimizer go on so long. Momentum gains from longer steps than PGD does."""
+    optimizer go on so long. Momentum also gets a step of eps, its best one on `synthetic`."""
     rules = {f"pgd {name}": (fixed_step(share), LONGER[-1]) for name, share in STEP_SIZES.items()}
     rules["line search"] = line_search, T
     rules |= {f"momentum {name}": (momentum(share), T) for name, share in {**STEP_SIZES, "eps": 1}.items()}
@@ -305,7 +305,9 @@ def draw_steps(plt, by_run, about, folder):
         top = max(result["after 100"].values())
         for name, losses in result["by step"].items():
             ax.plot(range(T + 1), [100 * loss / top for loss in losses], STYLES[name], markersize=4, label=name)
-        ax.set(title=f"{label}, {result['loss']}", xlabel="gradients t", xlim=(0.8, T + 0.2), ylim=(80, 102))
+        gap = 100 - 100 * min(losses[T] for losses in result["by step"].values()) / top
+        ax.set(title=f"{label}, {result['loss']}", xlabel="gradients t", xticks=range(0, T + 1, 2),
+               ylim=(max(0, 100 - 3.5 * gap), 100 + 0.2 * gap))  # the climb's upper part, where the attacks part
         ax.title.set_fontsize(10)
     axes[0].set_ylabel("inner loss, % of the highest after 100")
     handles = [ax.get_legend_handles_labels() for ax in axes]
@@ -323,11 +325,11 @@ def draw_training(plt, logs, folder):
                 if points:
                     ax.plot(*zip(*points), style_of[key], markersize=4, label=key)
                     ax.legend(fontsize=8)
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         column[0].set(title=label, ylim=(0, 100))
         column[1].set(xlabel="epoch")
     axes[0, 0].set_ylabel("held-out accuracy in %")
-    axes[1, 0].set_ylabel("loss: outer; after *-10: inner")
+    axes[1, 0].set_ylabel("outer loss, and inner after 10 steps")
     save_figure(plt, figure, "Training, epoch by epoch", folder / "training.png")
 
 
@@ -372,7 +374,7 @@ def draw_surfaces(plt, runs, images, about, folder):
         loss = surface(run, images, shares)
         ax.contourf(shares, shares, loss, 12, cmap="Greys", alpha=0.6)
         ax.clabel(ax.contour(shares, shares, loss, 12, colors="k", linewidths=0.7), fontsize=7)
-        ax.plot([1, 0, -1, 0, 1], [0, 1, 0, -1, 0], "C1--", linewidth=2.5)  # |a| + |b| = 1: some coordinate moves by eps
+        ax.plot([1, 0, -1, 0, 1], [0, 1, 0, -1, 0], "C1--", linewidth=2.5)  # |a| + |b| = 1: where the signs agree, eps
         ax.set(title=run.label, xlabel="along sign(g), in eps", aspect="equal")
     axes[0].set_ylabel("along a random sign, in eps")
     save_figure(plt, figure, f"Mean cross-entropy of {len(images.x[:64])} images around x; dashed: the eps-ball\n"
@@ -436,6 +438,8 @@ def analyse(runs, images, only, about):
             print_step(run.label, result["step"][run.label], about)
         if "longer" in only and run.optimizer is not None:
             result["longer"][run.label] = longer(climbs)
+    if {"longer", "behaviour"} & {*only} and all(run.optimizer is None for run in runs):
+        print("\nno run has a learned optimizer: (b) and (d) are left out")
     if result.get("longer"):
         print_longer(result["longer"], about)
     if "transfer" in only:
