@@ -370,10 +370,14 @@ def fused(function):
     return call
 
 
+def make_objective(settings):
+    kind = METHODS[settings.method][0]
+    return Trades(settings.beta) if kind is Trades else kind()
+
+
 def make_players(settings, x_train, device):
     """Players of settings.method on the device, normalised like the uint8 images x_train (N, C, H, W)."""
-    objective, maximiser = METHODS[settings.method]
-    objective = Trades(settings.beta) if objective is Trades else objective()
+    objective = make_objective(settings)
     model = MODELS[settings.model](in_channels=x_train.shape[1])
     model.normalize_like(x_train)
     model.to(device, memory_format=torch.channels_last)
@@ -381,7 +385,7 @@ def make_players(settings, x_train, device):
     compile = settings.compile or ("cell" if device.type == "cuda" else "no")
     if compile == "all":
         model.forward = fused(model.forward)
-    if maximiser != "learned":
+    if METHODS[settings.method][1] != "learned":
         return Players(objective, model, theta)
     optimizer = LearnedOptimizer(settings.hidden_size, settings.cell).to(device)
     if compile != "no":  # on a GPU the cell's elementwise passes cost more than the classifier, unless they are fused
@@ -677,17 +681,20 @@ def load_classifier(checkpoint):
 
 # ---- 5. The command line --------------------------------------------------------------------------------------------
 
-def load_runs(args, device):
-    """The runs of one table → [(label, folder, classifier, learned optimizer or None, settings)]."""
-    for folder in args.runs:
+def load_runs(folders, which, device, same):
+    """The runs of one table → [(label, folder, classifier, learned optimizer or None, settings)]. Raises InputError if
+    they differ in one of the settings `same`."""
+    for folder in folders:
         if not Path(folder).is_dir():
             raise InputError(f"{folder} is not a run's folder")
-    names = [Path(folder).resolve().name for folder in args.runs]
-    labels = names if len(set(names)) == len(names) else args.runs
-    runs = [(label, Path(folder), *load_run(folder, args.checkpoint, device)) for label, folder in zip(labels, args.runs)]
-    for name in ["dataset"] + ["eps"] * (args.eps is None):
+    names = [Path(folder).resolve().name for folder in folders]
+    labels = names if len(set(names)) == len(names) else folders
+    if len(set(labels)) < len(labels):
+        raise InputError("one run is given twice")
+    runs = [(label, Path(folder), *load_run(folder, which, device)) for label, folder in zip(labels, folders)]
+    for name in same:
         if len({getattr(run[-1], name) for run in runs}) > 1:
-            raise InputError(f"these runs differ in {name}: evaluate them in separate tables")
+            raise InputError(f"these runs differ in {name}: make separate tables of them")
     return runs
 
 
@@ -724,7 +731,7 @@ def autoattack(eps, seed):
 def evaluate_runs(args):
     """A table on stdout, a row per run; the same numbers in each run's eval.json. With --sanity, results/sanity.py."""
     device = pick_device(args.device)
-    runs = load_runs(args, device)
+    runs = load_runs(args.runs, args.checkpoint, device, same=("dataset", "eps") if args.eps is None else ("dataset",))
     settings = runs[0][-1]
     eps = settings.eps if args.eps is None else args.eps
     check_budget(eps, 1)

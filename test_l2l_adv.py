@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import importlib.util
 import json
 import math
 import os
@@ -1616,6 +1617,191 @@ def test_a_truncated_archive_is_refused(download):
         status, line, _ = download(part)
         assert status == 1 and line.count("\n") == 1 and not Path("data/cifar-10-batches-bin").exists()
         shutil.rmtree("data", ignore_errors=True)
+
+
+# ---- The analyses ----------------------------------------------------------------------------------------------------
+
+spec = importlib.util.spec_from_file_location("analyse", HERE / "results" / "analyse.py")
+analyse = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(analyse)
+
+
+def run_of(model, optimizer=None, label="a", objective=AdvTrain()):
+    return analyse.Run(label, "rnn-adv" if optimizer else "advtrain", model, optimizer, objective, None)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", ["pgd eps/4", "line search", "learned"])
+def test_analyse_follows_the_attacks_of_the_modules(name, objective):
+    model, x, y = problem(batch=6, batch_norm=True)
+    model.train()
+    optimizer = big_steps("lstm")
+    attack = {
+        "pgd eps/4": lambda x, y: pgd(model, x, y, eps=0.2, step_size=0.05, steps=10, objective=objective),
+        "line search": lambda x, y: pgd(model, x, y, eps=0.2, step_size=0.2, steps=10, objective=objective,
+                                        line_search=True),
+        "learned": lambda x, y: learned_attack(model, optimizer, x, y, eps=0.2, steps=10, objective=objective)}[name]
+    run, images = run_of(model, optimizer, objective=objective), analyse.Images(x, y, 0.2, seed=3, batch_size=4)
+    rule = analyse.maximisers(run, ["step"])[name][0]
+    losses, accuracy = analyse.climb(run, images, rule, 10)
+    assert all(module.training for module in model.modules())
+    torch.manual_seed(3)
+    x_adv = torch.cat([attack(x[:4], y[:4]), attack(x[4:], y[4:])])
+    model.eval()
+    expected = objective.inner_loss(model(x_adv), objective.target(model, x, y)).detach().numpy()
+    assert losses.shape == (11, 6) and np.allclose(losses[10], expected, atol=1e-12)
+    assert accuracy == {10: (model(x_adv).argmax(1) == y).double().mean().item()}
+    torch.manual_seed(3)
+    *_, (end, _, _, _) = analyse.trajectory(model, x, y, rule, eps=0.2, steps=10, objective=objective)
+    torch.manual_seed(3)
+    assert torch.allclose(end, attack(x, y), atol=1e-15)
+
+
+def test_analyse_momentum_equals_two_steps_by_hand():
+    torch.manual_seed(0)
+    model, x, y = Bowl(1 + torch.rand(1, 3, 3).double(), torch.rand(1, 1, 3, 3).double()), *problem(2, (1, 3, 3))[1:]
+    a, c, z = model.a.detach().numpy(), model.c.numpy(), np.zeros_like(x.numpy())
+    torch.manual_seed(1)
+    points = list(analyse.trajectory(model, x, y * 0, analyse.momentum(0.25), eps=0.1, steps=2, objective=AdvTrain()))
+    at, gathered = points[0][0].numpy(), z
+    for t in range(2):
+        logit = -(a * (at - c) ** 2).sum((1, 2, 3), keepdims=True)
+        g = 1 / (1 + np.exp(-logit)) * -2 * a * (at - c)  # of log(1 + exp(logit)), the loss of label 0
+        gathered = gathered + g / np.abs(g).sum((1, 2, 3), keepdims=True)
+        at = np.clip(np.clip(at + 0.025 * np.sign(gathered), x.numpy() - 0.1, x.numpy() + 0.1), 0, 1)
+        assert np.allclose(points[t + 1][0].numpy(), at, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay, expected", [(1.0, [1, -1]), (0.0, [-1, -1])])
+def test_analyse_momentum_adds_up_normalised_gradients(decay, expected):
+    rule, x = analyse.momentum(0.25, decay), torch.zeros(1, 1, 1, 2)
+    state = None
+    for g in ([3e-3, -1e-3], [-2.0, -2.0]):  # by their L1 norms: (3/4, −1/4) and (−1/2, −1/2)
+        move, state = rule(analyse.Here(None, None, None, 0.4, x, x, torch.tensor(g).view(1, 1, 1, 2), None), state)
+    assert torch.allclose(move.flatten(), 0.1 * torch.tensor(expected).float())
+
+
+def test_analyse_transfer_has_the_white_box_on_its_diagonal():
+    (a, x, _), (b, _, _) = problem(batch=40, dtype=torch.float32), problem(seed=5, dtype=torch.float32)
+    y, optimizer = b(x).argmax(1), big_steps("lstm").float()  # b is always right, until it is attacked
+    images = analyse.Images(x, y, 0.1, seed=3, batch_size=40)
+    result = analyse.transfer([run_of(a, optimizer, "a"), run_of(b, None, "b")], images)
+    by_hand = lambda model, x, y: pgd(model, x, y, eps=0.1, step_size=0.025, steps=10)  # noqa: E731
+    for source, name, attack in ((a, "a pgd-10", by_hand), (b, "b pgd-10", by_hand), (
+            a, "a learned-10", lambda model, x, y: learned_attack(model, optimizer, x, y, eps=0.1, steps=10))):
+        for target, label in ((a, "a"), (b, "b")):
+            torch.manual_seed(3)
+            expected = evaluate(target, x, y, {"it": lambda _, x, y: attack(source, x, y)}, batch_size=40)["it"]
+            assert result[name][label] == expected
+    assert list(result) == ["a pgd-10", "a learned-10", "b pgd-10"]
+    assert result["b pgd-10"]["b"] < result["a pgd-10"]["b"]
+
+
+class HalfSign(nn.Module):
+    """δ = sign(g) / 2, or against it where `turned`."""
+
+    def forward(self, g, state=None, turned=False):
+        return (-0.5 if turned else 0.5) * g.sign(), None
+
+
+def test_analyse_behaviour_of_a_hand_made_optimizer():
+    torch.manual_seed(0)
+    w = torch.randn(1, 3, 3)
+    w[0, 0, 0] = 0  # a coordinate without a gradient: it stays where it starts, inside, and does not count as agreeing
+    x, y = 0.3 + 0.4 * torch.rand(4, 1, 3, 3), torch.zeros(4, dtype=torch.long)
+    result = analyse.behaviour(run_of(Linear(w), HalfSign()), analyse.Images(x, y, 0.1, seed=0, batch_size=3))
+    length, boundary, agreement = result.values()
+    assert length == pytest.approx([0.5 * 8 / 9] * 10) and agreement == [1.0] * 10
+    # From x + 0.001·noise two steps of eps/2 end at the surface, or up to the noise short of it; three are enough
+    assert boundary[0] == 0 and boundary[2:] == pytest.approx([8 / 9] * 8)
+    against = HalfSign()
+    against.forward = lambda g, state=None: HalfSign.forward(against, g, turned=True)
+    result = analyse.behaviour(run_of(Linear(w), against), analyse.Images(x, y, 0.1, seed=0, batch_size=4))
+    assert result["agrees with sign(g)"] == [0.0] * 10
+    # black images: every pixel starts within the noise of the face at 0, and half of the noise is cut there
+    black = analyse.Images(torch.zeros(64, 1, 3, 3), torch.zeros(64, dtype=torch.long), 0.1, 0, 64)
+    boundary = analyse.behaviour(run_of(Linear(-w.abs()), HalfSign()), black)["on the boundary"]
+    assert boundary[0] == pytest.approx(8 / 9 + 1 / 18, abs=0.03)
+
+
+@pytest.mark.parametrize("ours, claim", [
+    ((3.0, 3.1), "holds"), ((1.1, 0.8), "does not hold"), ((2.5, 1.5), "is undecided")])
+def test_analyse_verdict_is_about_the_best_of_the_others(ours, claim):
+    def path(at_10, at_100=None):
+        losses = np.zeros((11 if at_100 is None else 101, 2))
+        losses[10], losses[-1] = at_10, at_10 if at_100 is None else at_100
+        return losses
+
+    result = analyse.verdict({"pgd eps/8": path((1, 1), (2, 2)), "pgd eps/4": path((1.1, 1.1), (1.9, 1.9)),
+                              "momentum eps": path((1.5, 1.4)), "learned": path(ours, (9, 9))})
+    assert result["claim"].startswith(claim)
+    assert (result["after 10"]["best"], result["after 100"]["best"]) == ("momentum eps", "pgd eps/8")
+    gains = np.array(ours) - (1.5, 1.4)
+    assert result["after 10"]["difference"] == pytest.approx(gains.mean())
+    assert result["after 10"]["error"] == pytest.approx(gains.std(ddof=1) / 2 ** 0.5)
+
+
+@pytest.fixture
+def two_runs(tiny, monkeypatch):
+    monkeypatch.setattr(analyse, "LONGER", (10, 12))  # the last of these is what the tables call 100
+    for method in ("rnn-trades", "advtrain"):
+        assert main([*tiny, "--method", method, "--out", method, "--epochs", "1", "--limit", "16"]) is None
+    return ["rnn-trades", "advtrain", "--limit", "4", "--batch-size", "3"]
+
+
+def test_analyse_prints_its_tables_and_one_json_file(two_runs, monkeypatch, capsys):
+    capsys.readouterr()
+    monkeypatch.setattr(analyse.figures, "plt", None)  # what there is without matplotlib
+    assert analyse.main([*two_runs, "--json", "all.json", "--figures", "figures"]) is None
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "pip install matplotlib" in captured.err and not Path("figures").exists()
+    titles = [line[:3] for line in captured.out.splitlines() if line.startswith("(")]
+    assert titles == ["(a)", "(a)", "(b)", "(c)", "(d)"] and captured.out.count("verdict:") == 1
+    assert captured.out.count("cifar10, eps = 8/255, the first 4 test images, best checkpoint, seed 0") == 5
+    result = json.loads(Path("all.json").read_text())
+    assert [len(result[name]) for name in analyse.ANALYSES] == [2, 1, 3, 1]
+    step, table = result["step"]["rnn-trades"], captured.out.split("(a)")[1].splitlines()
+    assert step["loss"].startswith("KL") and result["step"]["advtrain"]["loss"] == "cross-entropy"
+    assert list(step["by step"]) == [line[:14].strip() for line in table[3:12]] and len(table[3].split()) == 2 + 12
+    assert [line.split()[-2].endswith("*") for line in table[3:12]].count(True) == 1
+    assert result["longer"]["rnn-trades"]["learned"]["loss"][0] == step["by step"]["learned"][10]
+    assert analyse.main([*two_runs, "--only", "longer"]) is None
+    assert capsys.readouterr().out.count("(") == 1 + 0 and Path("all.json").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_analyse_draws_its_figures(two_runs):
+    assert analyse.main([*two_runs, "--only", "step", "--figures", "figures"]) is None
+    names = sorted(path.name for path in Path("figures").iterdir())
+    assert names == ["images.png", "inner-loss.png", "surface.png", "training.png"]
+    assert all(Path("figures", name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_analyse_refuses_bad_input_in_one_line(tiny, capsys):
+    assert main([*tiny, "--method", "advtrain", "--out", "advtrain", "--epochs", "1", "--limit", "16"]) is None
+    checkpoint = torch.load("advtrain/best.pt", weights_only=True)
+    for name, change in (("other-eps", {"eps": 4 / 255}), ("mnist", {"dataset": "mnist"})):
+        Path(name).mkdir()
+        torch.save({**checkpoint, "settings": {**checkpoint["settings"], **change}}, f"{name}/best.pt")
+    Path("empty").mkdir()
+    before = sorted(Path(".").rglob("*"))
+    for flags, words in (
+            ("--only steps", "unknown analysis 'steps'"), ("--only step,", "unknown analysis ''"),
+            ("--limit 0", "--limit"), ("--limit -3", "--limit"), ("--limit few", "--limit"), ("--seed -1", "--seed"),
+            ("--batch-size 0", "--batch-size"),
+            ("--checkpoint first", "--checkpoint"), ("--device tpu9", "no device"), ("nothing", "nothing is not a run"),
+            ("advtrain/best.pt", "not a run"), ("empty", "best.pt is missing"), ("other-eps", "differ in eps"),
+            ("mnist", "differ in dataset"), ("advtrain", "given twice"),
+            ("--data-dir nowhere", "no cifar10 in nowhere"),
+            ("--json nowhere/all.json", "cannot write nowhere/all.json"), ("--json empty", "cannot write empty")):
+        capsys.readouterr()
+        try:
+            status = analyse.main(["--json", "all.json", "advtrain", *flags.split()])
+        except SystemExit as exit:  # argparse
+            status = exit.code
+        captured = capsys.readouterr()
+        assert status == 2 and captured.err.startswith("analyse.py: ") and words in captured.err, flags
+        assert captured.err.count("\n") == 1 and captured.out == "" and sorted(Path(".").rglob("*")) == before
 
 
 # ---- What the README shows -------------------------------------------------------------------------------------------
