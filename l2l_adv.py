@@ -14,7 +14,7 @@ hand-made steps; here a small recurrent network m_φ, the same for every pixel, 
 
 RNN-Adv takes cross-entropy for L; RNN-TRADES takes KL(f(x) ‖ f(x')) inside and CE(f(x), y) + β·KL outside
 (baselines.AdvTrain, baselines.Trades). What was there before the paper is in baselines.py. Sections 1 to 3 are the
-paper; 4 is the training loop around it, 5 the command line.
+paper; 4 is the training loop around it with its checkpoints, 5 the command line. results/ has what `eval` and `bench` do.
 
     python l2l_adv.py train --method rnn-adv --dataset synthetic --model small --out runs/rnn-adv
     python l2l_adv.py eval runs/*
@@ -46,7 +46,7 @@ import torch
 from torch import nn
 
 from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, cw_linf,
-                       eval_mode, evaluate, hold_out, input_gradient, load_dataset, outcome, pgd, processes, progress,
+                       eval_mode, hold_out, input_gradient, load_dataset, outcome, pgd, processes, progress,
                        project, sign_ascent, start_point, to_unit, worst_of)
 
 
@@ -371,6 +371,7 @@ def fused(function):
 
 
 def make_objective(settings):
+    """What settings.method plays for: AdvTrain, or Trades with its beta."""
     kind = METHODS[settings.method][0]
     return Trades(settings.beta) if kind is Trades else kind()
 
@@ -458,6 +459,24 @@ def train(settings, resume=False, checkpoint_every=10.0):
             if rank == 0:
                 record(out, settings, players, run)
     return run.rows
+
+
+def named_attack(name, eps, optimizer=None, restarts=1):
+    """pgd-N, cw-N (both with steps of eps/4), learned-N → callable(model, x, y) → x', after N steps, as `evaluate` takes
+    it. Its first start is the paper's, further ones are uniform in the ball. On cross-entropy whatever φ was trained on:
+    that is the stronger attack. Raises InputError."""
+    kind, _, steps = name.partition("-")
+    if kind not in ("pgd", "cw", "learned") or not steps.isdecimal() or int(steps) == 0:
+        raise InputError(f"unknown attack {name!r}: write pgd-10, cw-100 or learned-10, with any number of steps")
+    budget = {"eps": eps, "steps": int(steps)}
+
+    def attack(start):
+        if kind == "learned":
+            return lambda model, x, y: learned_attack(model, optimizer, x, y, **budget, start=start)
+        by_hand = {"pgd": pgd, "cw": cw_linf}[kind]
+        return lambda model, x, y: by_hand(model, x, y, **budget, step_size=eps / 4, start=start)
+
+    return worst_of([attack("gaussian"), *[attack("uniform")] * (restarts - 1)]) if restarts > 1 else attack("gaussian")
 
 
 def held_out_scores(players, x, y, eps):
@@ -681,95 +700,6 @@ def load_classifier(checkpoint):
 
 # ---- 5. The command line --------------------------------------------------------------------------------------------
 
-def load_runs(folders, which, device, same):
-    """The runs of one table → [(label, folder, classifier, learned optimizer or None, settings)]. Raises InputError if
-    they differ in one of the settings `same`."""
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise InputError(f"{folder} is not a run's folder")
-    names = [Path(folder).resolve().name for folder in folders]
-    labels = names if len(set(names)) == len(names) else folders
-    if len(set(labels)) < len(labels):
-        raise InputError("one run is given twice")
-    runs = [(label, Path(folder), *load_run(folder, which, device)) for label, folder in zip(labels, folders)]
-    for name in same:
-        if len({getattr(run[-1], name) for run in runs}) > 1:
-            raise InputError(f"these runs differ in {name}: make separate tables of them")
-    return runs
-
-
-STANDARD_ATTACKS = "pgd-10", "pgd-100", "cw-100", "learned-10"  # the paper's
-
-
-def named_attack(name, eps, optimizer=None, restarts=1):
-    """pgd-N, cw-N (both with steps of eps/4), learned-N → callable(model, x, y) → x', after N steps, as `evaluate` takes
-    it. Its first start is the paper's, further ones are uniform in the ball. On cross-entropy whatever φ was trained on:
-    that is the stronger attack. Raises InputError."""
-    kind, _, steps = name.partition("-")
-    if kind not in ("pgd", "cw", "learned") or not steps.isdecimal() or int(steps) == 0:
-        raise InputError(f"unknown attack {name!r}: write pgd-10, cw-100 or learned-10, with any number of steps")
-    budget = {"eps": eps, "steps": int(steps)}
-
-    def attack(start):
-        if kind == "learned":
-            return lambda model, x, y: learned_attack(model, optimizer, x, y, **budget, start=start)
-        by_hand = {"pgd": pgd, "cw": cw_linf}[kind]
-        return lambda model, x, y: by_hand(model, x, y, **budget, step_size=eps / 4, start=start)
-
-    return worst_of([attack("gaussian"), *[attack("uniform")] * (restarts - 1)])
-
-
-def autoattack(eps, seed):
-    """AutoAttack (Croce & Hein 2020) of the torchattacks package, as `evaluate` takes it. Raises InputError without it."""
-    try:
-        from torchattacks import AutoAttack
-    except ImportError:
-        raise InputError("--autoattack needs the torchattacks package: python3 -m pip install torchattacks") from None
-    return lambda model, x, y: AutoAttack(model, eps=eps, seed=seed)(x, y)
-
-
-def evaluate_runs(args):
-    """A table on stdout, a row per run; the same numbers in each run's eval.json. With --sanity, results/sanity.py."""
-    device = pick_device(args.device)
-    runs = load_runs(args.runs, args.checkpoint, device, same=("dataset", "eps") if args.eps is None else ("dataset",))
-    settings = runs[0][-1]
-    eps = settings.eps if args.eps is None else args.eps
-    check_budget(eps, 1)
-    columns = list(dict.fromkeys(args.attacks or STANDARD_ATTACKS))
-    package = {"autoattack": autoattack(eps, args.seed)} if args.autoattack else {}
-    for label, _, _, optimizer, _ in runs:
-        for name in columns:
-            named_attack(name, eps)
-            if args.attacks and name.startswith("learned") and optimizer is None:
-                raise InputError(f"{label} has no learned optimizer, so no {name}: leave out the run or the attack")
-    data = load_dataset(settings.dataset, args.data_dir or settings.data_dir)
-    limit = args.limit or (256 if args.sanity else None)
-    x, y = to_unit(data.x_test[:limit]).to(device), data.y_test[:limit].to(device)
-    seeds = ", ".join(str(seed) for seed in sorted({run[-1].seed for run in runs}))
-    heading = (f"{settings.dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, "
-               f"training seed {seeds}, attack seed {args.seed}" + f", {args.restarts} restarts" * (args.restarts > 1))
-    if args.sanity:
-        from results.sanity import print_checks
-        return print_checks(heading, runs, x, y, eps, args)
-    shown = ["natural", *([] if args.worst_only else columns + list(package)), "worst"]
-    width = max(len("  mean loss"), *(len(run[0]) for run in runs)) + 2
-    print(f"{heading}; accuracy in %, below it the mean cross-entropy\n{'run':{width}}{'model':9}"
-          + "".join(f"{name:>11}" for name in shown))
-    for label, folder, model, optimizer, s in runs:
-        attacks = {name: named_attack(name, eps, optimizer, args.restarts) for name in columns
-                   if optimizer is not None or not name.startswith("learned")} | package
-        torch.manual_seed(args.seed)
-        accuracy, loss = evaluate(model, x, y, attacks, args.batch_size, args.worst_only, label, losses=True)
-        result = {"run": label, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps, "images": len(x),
-                  "checkpoint": args.checkpoint, "training_seed": s.seed, "seed": args.seed, "restarts": args.restarts,
-                  "attacks": list(attacks), "accuracy": accuracy, "loss": loss}
-        write_whole(folder / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
-        print(f"{label:{width}}{s.model:9}" + "".join(f"{100 * accuracy[name]:11.2f}" if name in accuracy else f"{'-':>11}"
-                                                      for name in shown))
-        print(f"{'  mean loss':{width + 9}}" + "".join(f"{loss[name]:11.4f}" if name in loss else f"{'-':>11}"
-                                                       for name in shown[:-1]), flush=True)
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -819,7 +749,7 @@ def main(argv=None):
     sub.add_argument("--batch-size", type=positive, default=256)
     sub.add_argument("--eps", type=size, help="default: the one trained with")
     sub.add_argument("--attacks", type=lambda text: text.split(","), metavar="NAME,NAME",
-                     help=f"pgd-N, cw-N, learned-N with N steps; default {','.join(STANDARD_ATTACKS)}")
+                     help="pgd-N, cw-N, learned-N with N steps; default pgd-10,pgd-100,cw-100,learned-10")
     sub.add_argument("--restarts", type=positive, default=1, help="of each attack; an image must survive them all")
     sub.add_argument("--autoattack", action="store_true", help="a further column, by the torchattacks package")
     sub.add_argument("--worst-only", action="store_true", help="skip what is broken already: faster, only the last column")
@@ -847,6 +777,7 @@ def main(argv=None):
             if processes()[1] > 1:
                 torch.distributed.destroy_process_group()
         elif args.command == "eval":
+            from results.evaluate import evaluate_runs
             evaluate_runs(args)
         else:
             from results.bench import bench

@@ -34,7 +34,7 @@ from baselines import (MODELS, AdvTrain, InputError, Margin, SmallCNN, Trades, a
 from l2l_adv import (METHODS, LearnedOptimizer, NotFinite, Settings, ctrl_c_asks, fused, learned_attack, learning_rate,
                      load_classifier, load_run, locked, main, meta_objective, named_attack, size, train_optimizer,
                      train_step_learned, train_step_pgd, unroll, write_whole)
-from results.sanity import checks, not_above
+from results.evaluate import checks, not_above
 
 torch.set_num_threads(1)  # the problems are so small that threads would only wait for each other
 HERE = Path(__file__).parent
@@ -1056,6 +1056,7 @@ def read_damaged(path, read, rng):
             assert "\n" not in str(error)
     path.write_bytes(raw)
     read()
+    print(f"{path.name}: {refused} of {FUZZ} damaged files refused, the others read")
     return refused
 
 

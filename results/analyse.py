@@ -26,8 +26,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import (AdvTrain, InputError, Trades, backtrack, eval_mode, evaluate, input_gradient, load_dataset, pgd,
                        project, start_point, to_unit)
-from l2l_adv import Parser, learned_attack, load_runs, make_objective, pick_device, positive, seed, write_whole
+from l2l_adv import Parser, learned_attack, make_objective, pick_device, positive, seed, write_whole
 from results import figures
+from results.evaluate import load_runs
 
 ANALYSES = ("step", "longer", "transfer", "behaviour")
 T, LONGER = 10, (10, 20, 40, 100)  # the steps trained for; and those to read the longer attacks at

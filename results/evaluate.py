@@ -1,0 +1,146 @@
+"""`python l2l_adv.py eval RUNS`: the table of accuracies under attack and, with --sanity, the checks for gradient masking."""
+import json
+from pathlib import Path
+
+import torch
+
+from baselines import (AdvTrain, InputError, check_budget, eval_mode, evaluate, input_gradient, load_dataset, outcome, pgd,
+                       start_point, to_unit)
+from l2l_adv import load_run, named_attack, pick_device, write_whole
+
+STANDARD_ATTACKS = "pgd-10", "pgd-100", "cw-100", "learned-10"  # the paper's
+
+
+def load_runs(folders, which, device, same):
+    """The runs of one table → [(label, folder, classifier, learned optimizer or None, settings)]. Raises InputError if
+    they differ in one of the settings `same`."""
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder} is not a run's folder")
+    names = [Path(folder).resolve().name for folder in folders]
+    labels = names if len(set(names)) == len(names) else folders
+    if len(set(labels)) < len(labels):
+        raise InputError("one run is given twice")
+    runs = [(label, Path(folder), *load_run(folder, which, device)) for label, folder in zip(labels, folders)]
+    for name in same:
+        if len({getattr(run[-1], name) for run in runs}) > 1:
+            raise InputError(f"these runs differ in {name}: make separate tables of them")
+    return runs
+
+
+def autoattack(eps, seed):
+    """AutoAttack (Croce & Hein 2020) of the torchattacks package, as `evaluate` takes it. Raises InputError without it."""
+    try:
+        from torchattacks import AutoAttack
+    except ImportError:
+        raise InputError("--autoattack needs the torchattacks package: python3 -m pip install torchattacks") from None
+    return lambda model, x, y: AutoAttack(model, eps=eps, seed=seed)(x, y)
+
+
+def evaluate_runs(args):
+    """A table on stdout, a row per run; the same numbers in each run's eval.json. With --sanity, the checks below."""
+    device = pick_device(args.device)
+    runs = load_runs(args.runs, args.checkpoint, device, same=("dataset", "eps") if args.eps is None else ("dataset",))
+    settings = runs[0][-1]
+    eps = settings.eps if args.eps is None else args.eps
+    check_budget(eps, 1)
+    columns = list(dict.fromkeys(args.attacks or STANDARD_ATTACKS))
+    package = {"autoattack": autoattack(eps, args.seed)} if args.autoattack else {}
+    for label, _, _, optimizer, _ in runs:
+        for name in columns:
+            named_attack(name, eps)
+            if args.attacks and name.startswith("learned") and optimizer is None:
+                raise InputError(f"{label} has no learned optimizer, so no {name}: leave out the run or the attack")
+    data = load_dataset(settings.dataset, args.data_dir or settings.data_dir)
+    limit = args.limit or (256 if args.sanity else None)
+    x, y = to_unit(data.x_test[:limit]).to(device), data.y_test[:limit].to(device)
+    seeds = ", ".join(str(seed) for seed in sorted({run[-1].seed for run in runs}))
+    heading = (f"{settings.dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, "
+               f"training seed {seeds}, attack seed {args.seed}" + f", {args.restarts} restarts" * (args.restarts > 1))
+    if args.sanity:
+        return print_checks(heading, runs, x, y, eps, args)
+    shown = ["natural", *([] if args.worst_only else columns + list(package)), "worst"]
+    width = max(len("  mean loss"), *(len(run[0]) for run in runs)) + 2
+    print(f"{heading}; accuracy in %, below it the mean cross-entropy\n{'run':{width}}{'model':9}"
+          + "".join(f"{name:>11}" for name in shown))
+    for label, folder, model, optimizer, s in runs:
+        attacks = {name: named_attack(name, eps, optimizer, args.restarts) for name in columns
+                   if optimizer is not None or not name.startswith("learned")} | package
+        torch.manual_seed(args.seed)
+        accuracy, loss = evaluate(model, x, y, attacks, args.batch_size, args.worst_only, label, losses=True)
+        result = {"run": label, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps, "images": len(x),
+                  "checkpoint": args.checkpoint, "training_seed": s.seed, "seed": args.seed, "restarts": args.restarts,
+                  "attacks": list(attacks), "accuracy": accuracy, "loss": loss}
+        write_whole(folder / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
+        print(f"{label:{width}}{s.model:9}" + "".join(f"{100 * accuracy[name]:11.2f}" if name in accuracy else f"{'-':>11}"
+                                                      for name in shown))
+        print(f"{'  mean loss':{width + 9}}" + "".join(f"{loss[name]:11.4f}" if name in loss else f"{'-':>11}"
+                                                       for name in shown[:-1]), flush=True)
+
+
+# ---- Is the gradient masked? ----------------------------------------------------------------------------------------
+# The questions of Athalye et al. (2018, "Obfuscated Gradients Give a False Sense of Security") and Carlini et al. (2019,
+# "On Evaluating Adversarial Robustness"). A model that fails one may be less robust than its table says.
+
+def attack(eps, steps, step_size=None):
+    """PGD as `outcome` takes it, with steps of eps/4 or of `step_size`."""
+    return lambda model, x, y: pgd(model, x, y, eps=eps, steps=steps, step_size=step_size or eps / 4)
+
+
+def not_above(a, b):
+    """Whether accuracy a is at most accuracy b, but for noise: of the images on which the two differ, a's surplus is
+    within two standard deviations of a coin's (McNemar). a, b: (N,), who is right."""
+    up, down = (a & ~b).sum().item(), (b & ~a).sum().item()
+    return up - down <= 2 * (up + down) ** 0.5
+
+
+def zero_gradient(model, x, y, batch_size):
+    """Share of the images whose input gradient is zero in every pixel."""
+    zero = 0
+    with eval_mode(model):
+        for xb, yb in zip(x.split(batch_size), y.split(batch_size)):
+            g, _ = input_gradient(model, xb, AdvTrain(), yb)
+            zero += (g == 0).flatten(1).all(1).sum().item()  # (B, C·H·W)
+    return zero / len(x)
+
+
+def checks(model, x, y, eps, others, batch_size=256):
+    """[(question, whether it went well, the numbers)]. x: (N, C, H, W) in [0, 1]; y: (N,); others: {name: model}."""
+    def right(attack):
+        return outcome(model, x, y, attack, batch_size)[0]  # (N,)
+
+    def shown(masks):
+        return ", ".join(f"{name} {100 * mask.double().mean():.2f}" for name, mask in masks.items())
+
+    by_steps = {f"{steps} steps": right(attack(eps, steps)) for steps in (5, 10, 20, 50, 100)}
+    masks = list(by_steps.values())
+    yield ("more steps do not raise accuracy", all(not_above(b, a) for a, b in zip(masks, masks[1:])), shown(by_steps))
+    pgd_10, natural = by_steps["10 steps"], right(None)
+    one = right(attack(eps, 1, step_size=eps))
+    yield ("iterations beat one step", not_above(pgd_10, one), shown({"one step of eps": one, "PGD-10": pgd_10}))
+    noise = right(lambda model, x, y: start_point(x, eps, "uniform"))
+    broken = [(natural & ~mask).sum().item() for mask in (noise, pgd_10)]
+    yield ("random noise breaks less than half of what PGD-10 breaks", 2 * broken[0] < broken[1],
+           shown({"natural": natural, "noise": noise, "PGD-10": pgd_10}))
+    larger = {f"{k}x": right(attack(min(k * eps, 0.99), 50)) for k in (1, 4, 8)}
+    yield ("accuracy falls to about 0 (below 5 %) as eps grows", larger["8x"].double().mean() < 0.05,
+           shown({f"{name} eps": mask for name, mask in larger.items()}))
+    share = zero_gradient(model, x, y, batch_size)
+    yield "at most 1 % of the images have an all-zero gradient", share <= 0.01, f"{100 * share:.2f} %"
+    for name, other in others.items():
+        transferred = right(lambda _, x, y: attack(eps, 10)(other, x, y))
+        yield (f"PGD-10 made on {name} is no stronger", not_above(pgd_10, transferred),
+               shown({"transferred": transferred, "white box": pgd_10}))
+
+
+def print_checks(heading, runs, x, y, eps, args):
+    """All checks of the runs of l2l_adv.load_runs, on stdout."""
+    print(f"{heading}; accuracy in %, PGD with steps of eps/4")
+    for label, _, model, _, settings in runs:
+        print(f"{label} ({settings.method}, {settings.model})")
+        torch.manual_seed(args.seed)
+        others = {run[0]: run[2] for run in runs if run[0] != label}
+        for question, passed, numbers in checks(model, x, y, eps, others, args.batch_size):
+            print(f"  {'pass' if passed else 'FAIL'}  {question}: {numbers}", flush=True)
+        if not others:
+            print("  -     transfer from another run: give a second one")
