@@ -38,6 +38,11 @@ class InputError(ValueError):
     """A mistake of the caller's; its message is the one line to show. The command line exits with 2."""
 
 
+def one_line(error):
+    """What somebody else's exception says, for an InputError."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
+
+
 # ---- 1. Threat model ------------------------------------------------------------------------------------------------
 
 def project(x_adv, x, eps):
@@ -469,7 +474,7 @@ def read_bytes(path):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             return file.read(2 ** 30)  # far more than either data set has: a file that unpacks to more is not one of them
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {one_line(error)}") from None
 
 
 def read_idx(path, dims):
@@ -520,7 +525,7 @@ class Inert:
         self.state = state
 
 
-class InertUnpickler(pickle.Unpickler):
+class InertUnpickler(pickle._Unpickler):  # the one in Python: that in C prints lines of its own for some damaged files
     """Reads CIFAR-10's batches without importing or running anything: an array becomes an Inert that holds its bytes."""
 
     def find_class(self, module, name):
@@ -541,7 +546,7 @@ def read_pickle(path):
         raw = array.state[-1] if isinstance(array.state[-1], bytes) else array.args[0]
         pixels = torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(len(labels), 3, 32, 32).copy())
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"cannot read {path} as a batch of CIFAR-10: {error}") from None
+        raise InputError(f"cannot read {path} as a batch of CIFAR-10: {one_line(error)}") from None
     return check_records(pixels, labels.long(), path)
 
 

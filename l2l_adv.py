@@ -29,6 +29,8 @@ import os
 import signal
 import sys
 import time
+import warnings
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -46,8 +48,8 @@ import torch
 from torch import nn
 
 from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, cw_linf,
-                       eval_mode, hold_out, input_gradient, load_dataset, outcome, pgd, processes, progress,
-                       project, sign_ascent, start_point, to_unit, worst_of)
+                       eval_mode, hold_out, input_gradient, load_dataset, one_line, outcome, pgd, processes, progress, project,
+                       sign_ascent, start_point, to_unit, worst_of)
 
 
 # ---- 1. The learned optimizer m_φ -----------------------------------------------------------------------------------
@@ -599,7 +601,7 @@ def earlier_training(settings, resume):
     if not last.exists():
         return None
     with reading(last):
-        saved = dict(torch.load(last, map_location="cpu", weights_only=True))
+        saved = read_checkpoint(last, "cpu")
         before, now, _ = saved["settings"], asdict(settings), Run(**saved["training"]["run"])
         differing = [f"{key} was {before[key]} and is {now[key]}" for key in now
                      if key not in ("out", "data_dir") and before[key] != now[key]]
@@ -630,10 +632,18 @@ def restore(saved, players, settings):
 def reading(file):
     """Whatever goes wrong inside is the checkpoint's fault: a foreign or damaged file can raise anything."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
-        raise InputError(f"{file} is not a checkpoint of l2l_adv, or is damaged ({reason})") from None
+        raise InputError(f"{file} is not a checkpoint of l2l_adv, or is damaged ({one_line(error)})") from None
+
+
+def read_checkpoint(file, device):
+    damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at the checksums that torch.save wrote
+    if damaged:
+        raise ValueError(f"wrong checksum of {damaged}")
+    return dict(torch.load(file, map_location=device, weights_only=True))
 
 
 @contextmanager
@@ -681,7 +691,7 @@ def load_run(path, which="best", device="cpu"):
     if not file.is_file():
         raise InputError(f"{path} is not a run: {file} is missing")
     with reading(file):
-        checkpoint = dict(torch.load(file, map_location=device, weights_only=True))
+        checkpoint = read_checkpoint(file, device)
         settings, weights = Settings(**checkpoint["settings"]), checkpoint["state_dict"]
         model = MODELS[settings.model](in_channels=weights["mean"].numel()).to(device, memory_format=torch.channels_last)
         model.load_state_dict(weights)
