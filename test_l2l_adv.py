@@ -1816,9 +1816,9 @@ def readme_examples():
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("example", range(3))
+@pytest.mark.parametrize("example", range(4))
 def test_the_examples_of_the_readme_run(tiny, example):
-    assert len(readme_examples()) == 3
+    assert len(readme_examples()) == 4
     main([*tiny, "--method", "rnn-adv", "--out", "runs/rnn-adv"])
     torch.manual_seed(0)
     exec(readme_examples()[example], {})
