@@ -1275,7 +1275,7 @@ def plain(tmp_path_factory):
     (["--seed", "9" * 30], "--seed"), (["--seed", "-1"], "--seed"), (["--limit", "9" * 30], "--limit"), (["--limit", ""], "--limit"),
     (["--batch-size", "9" * 30], "--batch-size"), (["--eps", "nan"], "eps must"), (["--attacks", ""], "unknown attack ''"),
     (["--eps", "8"], "eps must"), (["--device", "meta"], "no device"), (["--attacks", "pgd-1e3"], "unknown attack"), (["--restarts", "-1"], "--restarts"), (["--restarts", "9" * 30], "--restarts"),
-    (["--autoattack"], "pip install torchattacks"), (["--eps", "x"], "--eps"), (["--checkpoint", "first"], "--checkpoint"),
+    (["--autoattack"], "pip install --no-deps torchattacks"), (["--eps", "x"], "--eps"), (["--checkpoint", "first"], "--checkpoint"),
 ])
 def test_eval_refuses_bad_input_in_one_line(plain, capsys, monkeypatch, flags, words):
     monkeypatch.setitem(sys.modules, "torchattacks", None)  # as if it were not installed
@@ -1291,14 +1291,20 @@ def test_eval_refuses_bad_input_in_one_line(plain, capsys, monkeypatch, flags, w
 # ---- Evidence: attacks by name, other people's attacks, checks for gradient masking ----------------------------------
 
 def test_eval_runs_the_attacks_it_is_asked_for(tiny, capsys, monkeypatch):
-    class AutoAttack:  # stands for the one of torchattacks
-        def __init__(self, model, eps, seed):
+    class Attack:  # stands for those of torchattacks
+        def __init__(self, model, eps, seed, steps=100, n_queries=5000, multi_targeted=True):
             assert not model.training and (eps, seed) == (8 / 255, 5)
+            assert (steps, n_queries, multi_targeted) == (100, 5000, True)
+
+    class MultiAttack:
+        def __init__(self, attacks):
+            assert len(attacks) == 4
 
         def __call__(self, x, y):
             return 1 - x
 
-    monkeypatch.setitem(sys.modules, "torchattacks", types.SimpleNamespace(AutoAttack=AutoAttack))
+    package = dict.fromkeys(("APGD", "APGDT", "FAB", "Square"), Attack) | {"MultiAttack": MultiAttack}
+    monkeypatch.setitem(sys.modules, "torchattacks", types.SimpleNamespace(**package))
     main([*tiny, "--method", "rnn-adv", "--epochs", "1", "--seed", "4", "--out", "run"])
     capsys.readouterr()
     flags = ["--attacks", "learned-3,pgd-2", "--restarts", "2", "--autoattack", "--checkpoint", "last", "--seed", "5"]
