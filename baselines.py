@@ -38,6 +38,10 @@ class InputError(ValueError):
     """A mistake of the caller's; its message is the one line to show. The command line exits with 2."""
 
 
+class NotFinite(ArithmeticError):
+    """Numbers that are NaN or infinite; no weight has been touched by them (running statistics of batch norm may be)."""
+
+
 def one_line(error):
     """What somebody else's exception says, for an InputError."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:120]
@@ -71,13 +75,17 @@ def processes():
 def check_images(x, y, values=True):
     """Raise InputError unless x is a batch of images (B, C, H, W) in [0, 1] and y their classes, int64 (B,).
     values=False leaves out what a GPU could only answer by making the host wait."""
+    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+        raise InputError(f"images and labels must be torch tensors, not {type(x).__name__} and {type(y).__name__}")
     if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
         raise InputError(f"images must be a float tensor (B, C, H, W), not {x.dtype} {tuple(x.shape)}")
     if values and not (x.min() >= 0 and x.max() <= 1):
         raise InputError(f"images must lie in [0, 1] but reach from {x.min():.3g} to {x.max():.3g}: "
                          "divide by 255, and normalise inside the model")
-    if y.shape != x.shape[:1] or y.dtype != torch.int64 or values and y.min() < 0:
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise InputError(f"labels must be {len(x)} class numbers, one per image: int64, not {y.dtype} {tuple(y.shape)}")
+    if values and y.min() < 0:
+        raise InputError(f"labels must be class numbers from 0 up, not {y.min()}")
 
 
 def check_budget(eps, steps, step_size=1.0):
@@ -177,8 +185,9 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
     """Projected gradient ascent on the objective's inner loss, x' ← Π(x' + step_size·sign(g))  [1].
 
     x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. Returns x' like x, within eps of it.
-    line_search: find the step by backtracking instead, step_size being the longest one tried (the paper's
-    evidence that PGD with one fixed step is not the best maximiser). Raises InputError for inputs outside [0, 1] or a budget that makes no sense.
+    line_search: find the step by backtracking instead, step_size being the longest one tried (the paper's evidence that
+    PGD with one fixed step is not the best maximiser). Raises InputError for inputs outside [0, 1] or a budget that makes
+    no sense.
     """
     check_images(x, y)
     check_budget(eps, steps, step_size)
@@ -221,7 +230,7 @@ def cw_linf(model, x, y, *, eps, step_size, steps, start="gaussian"):
 
 def worst_of(attacks):
     """One attack made of several: of the points x' that they reach, each image's with the largest margin loss, which is
-    above 0 where the model errs. So an image survives if it survives them all."""
+    above 0 where the model errs. So an image survives if it survives them all; its cross-entropy may be higher elsewhere."""
     def attack(model, x, y):
         worst, highest = x, torch.full_like(y, -math.inf, dtype=x.dtype)
         for one in attacks:
@@ -264,7 +273,8 @@ def evaluate(model, x, y, attacks, batch_size=256, worst_only=False, label="", l
 
 def outcome(model, x, y, attack, batch_size=256, label=""):
     """Which images the model gets right after `attack` (None: as they are), and their cross-entropy there; (N,) each. An
-    attack that returns anything but images in [0, 1] is refused: NaN would pass for a perfect attack."""
+    attack that returns anything but images in [0, 1] is refused: NaN would pass for a perfect attack. Raises InputError
+    and, if the model's answers are not finite, NotFinite."""
     right, loss = torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=x.dtype)
     with eval_mode(model):
         for i in progress(range(0, len(x), batch_size), label):
@@ -274,6 +284,8 @@ def outcome(model, x, y, attack, batch_size=256, label=""):
                 raise InputError(f"the attack{label} returned something other than images in [0, 1]")
             with torch.no_grad():
                 logits = model(x_adv)
+            if not logits.isfinite().all():
+                raise NotFinite("the model's logits are not finite")
             right[i:i + batch_size] = logits.argmax(1) == yb
             loss[i:i + batch_size] = F.cross_entropy(logits, yb, reduction="none")
     return right, loss
@@ -282,15 +294,17 @@ def outcome(model, x, y, attack, batch_size=256, label=""):
 def progress(items, label):
     """Yield the items; on a terminal, and only there, with a bar and the time left on stderr."""
     items, start = list(items), time.time()
-    for done, item in enumerate(items):
+    try:
+        for done, item in enumerate(items):
+            if sys.stderr.isatty():
+                left = (time.time() - start) / max(done, 1) * (len(items) - done)
+                bar = "#" * (20 * done // len(items))
+                print(f"\r{label} [{bar:20}] {done}/{len(items)}, {left:.0f} s left\033[K" if done else f"\r{label}\033[K",
+                      end="", file=sys.stderr, flush=True)
+            yield item
+    finally:
         if sys.stderr.isatty():
-            left = (time.time() - start) / max(done, 1) * (len(items) - done)
-            bar = "#" * (20 * done // len(items))
-            print(f"\r{label} [{bar:20}] {done}/{len(items)}, {left:.0f} s left\033[K" if done else f"\r{label}\033[K",
-                  end="", file=sys.stderr, flush=True)
-        yield item
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 # ---- 5. Classifiers: images in [0, 1], (B, C, H, W) → logits (B, classes) -------------------------------------------

@@ -47,7 +47,7 @@ except ImportError:  # Windows: two trainings in one folder would go unnoticed
 import torch
 from torch import nn
 
-from baselines import (DATASETS, MODELS, AdvTrain, InputError, Trades, augment, check_budget, check_images, cw_linf,
+from baselines import (DATASETS, MODELS, AdvTrain, InputError, NotFinite, Trades, augment, check_budget, check_images, cw_linf,
                        eval_mode, hold_out, input_gradient, load_dataset, one_line, outcome, pgd, processes, progress, project,
                        sign_ascent, start_point, to_unit, worst_of)
 
@@ -153,10 +153,6 @@ def average(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 
-class NotFinite(ArithmeticError):
-    """A loss or a gradient is NaN or infinite; it has not reached any weight."""
-
-
 def update(loss, theta=None, phi=None):
     """Each player moves along its gradient, φ's clipped to norm 1; or, where anything is not finite, none: NotFinite."""
     norms = [nn.utils.clip_grad_norm_([p for group in player.param_groups for p in group["params"]], longest)
@@ -233,15 +229,20 @@ def train_optimizer(model, data, *, eps, steps=10, objective=AdvTrain(), optimiz
     the LearnedOptimizer to go on with; default a new one. lr: Adam's. Returns it, in eval mode. Raises InputError, NotFinite.
     """
     check_budget(eps, steps)
-    optimizer = (optimizer or LearnedOptimizer()).to(next(model.parameters()).device)
+    if not (isinstance(lr, Real) and 0 < lr < math.inf):
+        raise InputError(f"lr must be above 0, not {lr!r}")
+    x, optimizer = None, optimizer or LearnedOptimizer()
     phi = torch.optim.Adam(optimizer.parameters(), lr)
     for x, y in data:
         check_images(x, y)
+        optimizer.to(x.device)
         x_0, gradients, x_adv = unroll(model, optimizer, x, y, eps=eps, steps=steps, objective=objective)
         with eval_mode(model):
             g_T, loss = input_gradient(model, x_adv, objective, objective.target(model, x, y))
         ascend(optimizer, phi, x, x_0, [*gradients, g_T], eps)
         update(loss.mean(), phi=phi)
+    if x is None:
+        raise InputError("data holds no batch: is it a generator that was used before?")
     return optimizer.eval()
 
 
@@ -268,7 +269,7 @@ def size(text):
 
 
 def setting(default, kind, help, choices=None, zero=False, most=None):
-    most = most or (10 ** 9 if kind is int else math.inf)
+    most = most or (10 ** 9 if kind is int else 1e30)
     return field(default=default, metadata=dict(kind=kind, help=help, choices=choices, zero=zero, most=most))
 
 
@@ -305,15 +306,15 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             value, kind, choices, most = getattr(self, f.name), *(f.metadata[k] for k in ("kind", "choices", "most"))
-            if value is None:
+            if value is None and f.default is None:
                 continue
             if choices and value not in choices:
                 raise InputError(f"unknown {f.name} {value!r}: choose from {', '.join(choices)}")
-            number = isinstance(value, Integral if kind is int else Real) and 0 <= value <= most and value < math.inf
+            number = isinstance(value, Integral if kind is int else Real) and 0 <= value <= most
             if kind is not str and not (number and (value > 0 or f.metadata["zero"])):
                 raise InputError(f"{f.name} must be a {'whole ' * (kind is int)}number "
-                                 f"{'of at least' if f.metadata['zero'] else 'above'} 0"
-                                 f"{f' and at most {most}' * (most < math.inf)}, not {value!r}")
+                                 f"{'of at least' if f.metadata['zero'] else 'above'} 0 and at most {most}, not {value!r}")
+            setattr(self, f.name, (float if kind is size else kind)(value))  # a checkpoint takes no Path, no numpy number
         if not self.out:
             raise InputError("give the run a folder: --out runs/NAME")
         for key in ("dataset", "model"):  # in this order: the data set may choose the model
@@ -412,7 +413,7 @@ def train_step(players, settings, x, y, strength=1.0):
 
 
 @dataclass
-class Run:
+class RunState:
     """How far a training is: with settings, players and random state all that it takes to go on."""
     rows: list = field(default_factory=list)  # of the log, one per finished epoch
     step: int = 0  # steps done of the epoch under way
@@ -426,18 +427,19 @@ def train(settings, resume=False, checkpoint_every=10.0):
 
     best.pt is chosen by accuracy under PGD-10 (for `plain`, natural accuracy) on held-out training images, never on
     test images. resume: go on from last.pt if there is one; on a CPU this ends in the same weights, bit for bit, as
-    a training that was never interrupted. checkpoint_every: minutes between savings within an epoch. Raises InputError
-    before anything is written; NotFinite; KeyboardInterrupt once last.pt is saved.
+    a training in one process that was never interrupted, given as many threads. checkpoint_every: minutes between
+    savings within an epoch. Raises InputError before anything is written; NotFinite; KeyboardInterrupt once last.pt is
+    saved.
     """
     device, out = pick_device(settings.device), Path(settings.out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and processes() == (0, 1):  # started by torchrun
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank, world = processes()  # rank 0 is the only one that prints and writes
+    rank, world = processes()  # rank 0 is the only one that prints the table and writes
     if settings.batch_size % world:
         raise InputError(f"batch_size {settings.batch_size} does not split into {world} equal parts")
     if not (isinstance(checkpoint_every, Real) and checkpoint_every > 0):
         raise InputError(f"checkpoint_every must be a number of minutes above 0, not {checkpoint_every!r}")
-    saved = earlier_training(settings, resume)
+    saved = earlier_training(settings, resume, device)
     if saved and len(saved["training"]["run"]["rows"]) == settings.epochs:
         print(f"{out} is finished: {settings.epochs} epochs of {settings.method}")
         return saved["training"]["run"]["rows"]
@@ -445,19 +447,27 @@ def train(settings, resume=False, checkpoint_every=10.0):
     (x, y), held_out = ([images.to(device), labels.to(device)] for images, labels in data)
     torch.manual_seed(settings.seed)  # the same in every process: each makes the same players and draws the same batches
     players = make_players(settings, x, device)
-    run = restore(saved, players, settings) if saved else Run()
+    batch = min(settings.batch_size, len(x)) // world
+    if batch < 1 + any(isinstance(module, nn.BatchNorm2d) for module in players.model.modules()):
+        raise InputError(f"{batch} image(s) per step and process are too few for {settings.model}")
     with locked(out) if rank == 0 else nullcontext():
+        saved = earlier_training(settings, resume, device)  # again: from here on nobody else writes
+        run = restore(saved, players, settings) if saved else RunState()
         keep = partial(save_last, out, settings, players) if rank == 0 else lambda run: None
         if rank == 0:
             print(f"{settings.method}, {settings.dataset} ({len(x)} images), {settings.model}, eps = {settings.eps * 255:g}"
                   f"/255, T = {settings.steps}, seed {settings.seed}, {device}; accuracy in % on {len(held_out[0])} held-out "
                   f"images\n{'epoch':>5} {'loss':>9} {'natural':>9} {'pgd-10':>9} {'seconds':>9}", flush=True)
         while len(run.rows) < settings.epochs:
-            loss = train_epoch(players, settings, x, y, run, keep, 60 * checkpoint_every)
-            start = time.time()
-            scores = held_out_scores(players, *held_out, settings.eps)
+            try:
+                loss = train_epoch(players, settings, x, y, run, keep, 60 * checkpoint_every)
+                start = time.time()
+                scores = held_out_scores(players, *held_out, settings.eps)
+            except NotFinite as error:
+                last = f"{out / 'last.pt'} is from before" if (out / "last.pt").exists() else "nothing was saved before"
+                raise NotFinite(f"{settings.method}, epoch {len(run.rows) + 1}, after {run.step} steps: {error}; {last}") from None
             seconds = round(run.seconds + time.time() - start, 1)
-            run = Run([*run.rows, {"epoch": len(run.rows) + 1, "loss": loss, **scores, "seconds": seconds}])
+            run = RunState([*run.rows, {"epoch": len(run.rows) + 1, "loss": loss, **scores, "seconds": seconds}])
             if rank == 0:
                 record(out, settings, players, run)
     return run.rows
@@ -468,7 +478,7 @@ def named_attack(name, eps, optimizer=None, restarts=1):
     it. Its first start is the paper's, further ones are uniform in the ball. On cross-entropy whatever φ was trained on:
     that is the stronger attack. Raises InputError."""
     kind, _, steps = name.partition("-")
-    if kind not in ("pgd", "cw", "learned") or not steps.isdecimal() or int(steps) == 0:
+    if kind not in ("pgd", "cw", "learned") or not (steps.isdecimal() and len(steps) < 10 and int(steps)):
         raise InputError(f"unknown attack {name!r}: write pgd-10, cw-100 or learned-10, with any number of steps")
     budget = {"eps": eps, "steps": int(steps)}
 
@@ -535,12 +545,7 @@ def train_epoch(players, settings, x, y, run, keep, keep_every):
             for group in players.theta.param_groups:
                 group["lr"] = learning_rate(settings.lr, done, settings.schedule)
             strength = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
-            try:
-                run.total += train_step(players, settings, images, labels, strength)
-            except NotFinite as error:
-                last = Path(settings.out, "last.pt")
-                raise NotFinite(f"{settings.method}, epoch {epoch + 1}, step {step + 1}: {error}; " + (
-                    f"{last} is from before it" if last.exists() else "nothing was saved before it")) from None
+            run.total += train_step(players, settings, images, labels, strength)
             run.step, run.seconds = step + 1, time.time() - start
             if asked or run.seconds - kept >= keep_every:
                 keep(run)
@@ -589,20 +594,27 @@ def save_last(out, settings, players, run):
     cuda = players.model.mean.is_cuda
     save(out / "last.pt", settings, players, run, training={
         "run": vars(run), "theta": players.theta.state_dict(), "phi": players.phi and players.phi.state_dict(),
-        "random": torch.get_rng_state(), "random_cuda": torch.cuda.get_rng_state(players.model.mean.device) if cuda else None})
+        "device": players.model.mean.device.type, "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state(players.model.mean.device) if cuda else None})
 
 
-def earlier_training(settings, resume):
+RUN_FILES = "last.pt", "best.pt", "log.jsonl"
+
+
+def earlier_training(settings, resume, device):
     """The checkpoint to go on from, None where there is none. Raises InputError if there is one and `resume` is false, or
     if it is of other settings."""
     last = Path(settings.out, "last.pt")
-    if not resume and any(last.with_name(name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
+    if not resume and any(last.with_name(name).exists() for name in RUN_FILES):
         raise InputError(f"{last.parent} holds a run already: go on with it by --resume, or choose another --out")
     if not last.exists():
+        if any(last.with_name(name).exists() for name in RUN_FILES):  # it is written before these
+            raise InputError(f"{last.parent} holds a run that cannot be resumed, without last.pt: choose another --out")
         return None
     with reading(last):
         saved = read_checkpoint(last, "cpu")
-        before, now, _ = saved["settings"], asdict(settings), Run(**saved["training"]["run"])
+        before = {**saved["settings"], "device": saved["training"]["device"]}
+        now, _ = {**asdict(settings), "device": device.type}, RunState(**saved["training"]["run"])
         differing = [f"{key} was {before[key]} and is {now[key]}" for key in now
                      if key not in ("out", "data_dir") and before[key] != now[key]]
     if differing:
@@ -611,7 +623,7 @@ def earlier_training(settings, resume):
 
 
 def restore(saved, players, settings):
-    """Give the players and the random generators the state that save_last wrote. Returns the Run."""
+    """Give the players and the random generators the state that save_last wrote. Returns the RunState."""
     training, model = saved["training"], players.model
     with reading(Path(settings.out) / "last.pt"):
         model.load_state_dict(saved["state_dict"])
@@ -622,7 +634,7 @@ def restore(saved, players, settings):
         torch.set_rng_state(training["random"])
         if model.mean.is_cuda:
             torch.cuda.set_rng_state(training["random_cuda"], model.mean.device)
-        run = Run(**training["run"])
+        run = RunState(**training["run"])
         if run.step:
             run.order, run.total = run.order.to(model.mean.device), run.total.to(model.mean.device)
     return run
@@ -660,8 +672,8 @@ def locked(folder):
     except OSError:
         pass  # a file system without locks
     try:
-        for half_written in folder.glob("*.tmp"):  # by a training that was killed
-            half_written.unlink()
+        for name in RUN_FILES:  # what a training that was killed had begun to write
+            Path(folder, f"{name}.tmp").unlink(missing_ok=True)
         yield
     finally:
         if fcntl:
@@ -738,13 +750,34 @@ def keep_freed_memory():
     mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD
 
 
+def as_program(prog, work, *args, hint=""):
+    """work(*args), and the exit status: after one clear line 2 for a user's mistake, 1 for numbers that are not finite, 130
+    for Ctrl-C; else None."""
+    try:
+        work(*args)
+    except (InputError, OSError, NotFinite) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, NotFinite) else 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted{hint}", file=sys.stderr)
+        return 130
+
+
 def main(argv=None):
-    """The command line. After one clear line it returns 2 for a user's mistake, 1 for numbers that are not finite, 130 for
-    Ctrl-C; else None."""
+    """python l2l_adv.py train … here; eval … and bench … are in results/. Returns the exit status."""
     keep_freed_memory()
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["eval"]:
+        from results.evaluate import main
+        return main(argv[1:])
+    if argv[:1] == ["bench"]:
+        from results.bench import main
+        return main(argv[1:])
     parser = Parser(prog="l2l_adv.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("train", help="train one classifier by one method")
+    commands.add_parser("eval", help="one table, a row per run")
+    commands.add_parser("bench", help="what one training step of each method costs")
     for f in fields(Settings):
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         default = "" if f.default is None else f"; default {f.default}"
@@ -752,53 +785,14 @@ def main(argv=None):
                          help=f.metadata["help"] + choices + default)
     sub.add_argument("--resume", action="store_true", help="go on where a training with the same settings stopped; or begin")
     sub.add_argument("--checkpoint-every", type=float, default=10.0, metavar="X", help="minutes; default 10")
-    sub = commands.add_parser("eval", help="one table, a row per run")
-    sub.add_argument("runs", nargs="+", help="run folders")
-    sub.add_argument("--checkpoint", choices=("best", "last"), default="best")
-    sub.add_argument("--limit", type=positive, help="only the first so many test images; default all, with --sanity 256")
-    sub.add_argument("--batch-size", type=positive, default=256)
-    sub.add_argument("--eps", type=size, help="default: the one trained with")
-    sub.add_argument("--attacks", type=lambda text: text.split(","), metavar="NAME,NAME",
-                     help="pgd-N, cw-N, learned-N with N steps; default pgd-10,pgd-100,cw-100,learned-10")
-    sub.add_argument("--restarts", type=positive, default=1, help="of each attack; an image must survive them all")
-    sub.add_argument("--autoattack", action="store_true", help="a further column, by the torchattacks package")
-    sub.add_argument("--worst-only", action="store_true", help="skip what is broken already: faster, only the last column")
-    sub.add_argument("--sanity", action="store_true", help="instead of the table: is the gradient masked?")
-    sub.add_argument("--data-dir")
-    sub.add_argument("--device", default="auto")
-    sub.add_argument("--seed", type=seed, default=0, help="of the attacks")
-    sub = commands.add_parser("bench", help="what one training step of each method costs")
-    sub.add_argument("--model", choices=MODELS, default="vgg16", help="small is timed on MNIST's size, the others on 32x32")
-    sub.add_argument("--batch-size", type=positive, default=32)
-    sub.add_argument("--steps", type=positive, default=10)
-    sub.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")
-    sub.add_argument("--meta-images", type=positive, help="images of the batch that the optimizer learns from")
-    sub.add_argument("--epochs", type=positive, default=30, help="for the hours")
-    sub.add_argument("--precision", choices=("fp32", "bf16"), help="default: as in training")
-    sub.add_argument("--compile", choices=("no", "cell", "all"), help="default: as in training")
-    sub.add_argument("--rounds", type=positive, default=5)
-    sub.add_argument("--device", default="auto")
-    sub.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "train":
-            settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
-            train(settings, args.resume, args.checkpoint_every)
-            if processes()[1] > 1:
-                torch.distributed.destroy_process_group()
-        elif args.command == "eval":
-            from results.evaluate import evaluate_runs
-            evaluate_runs(args)
-        else:
-            from results.bench import bench
-            bench(args)
-    except (InputError, OSError, NotFinite) as error:
-        print(f"l2l_adv.py: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NotFinite) else 2
-    except KeyboardInterrupt:
-        again = "; the same command with --resume goes on from here" if args.command == "train" else ""
-        print(f"\nl2l_adv.py: interrupted{again}", file=sys.stderr)
-        return 130
+    return as_program("l2l_adv.py", train_by, parser.parse_args(argv), hint="; the same command with --resume goes on")
+
+
+def train_by(args):
+    """The command `train`."""
+    train(Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), args.resume, args.checkpoint_every)
+    if processes()[1] > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

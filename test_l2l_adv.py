@@ -133,6 +133,7 @@ def test_margin_is_the_best_wrong_logit_minus_the_true_one():
     logits, y = torch.randn(20, 5), torch.randint(0, 5, (20,))
     expected = [max(z for j, z in enumerate(row) if j != t) - row[t] for row, t in zip(logits.tolist(), y.tolist())]
     assert torch.allclose(Margin().inner_loss(logits, y), torch.tensor(expected))
+    assert torch.allclose(Margin().outer_loss(nn.Identity(), None, logits, y), torch.tensor(expected).mean())
 
 
 # ---- Attacks ---------------------------------------------------------------------------------------------------------
@@ -256,6 +257,8 @@ def test_evaluate_counts_by_hand_and_spares_what_is_broken():
     for broken in (lambda m, x, y: x * float("nan"), lambda m, x, y: x + 1, lambda m, x, y: x[:, :1]):
         with pytest.raises(InputError, match="returned something other"):
             evaluate(model, x, y, {"broken": broken})
+    with pytest.raises(NotFinite, match="logits"):
+        evaluate(nn.Sequential(model, nn.Threshold(math.inf, math.nan)), x, y, {})
     nan = lambda m, x, y: x * float("nan")
     for attacks in ([nan], [nan, by["a"]], [by["a"], nan]):
         with pytest.raises(InputError, match="returned something other"):
@@ -946,6 +949,42 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, monkeypatch, capsys):
     assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
 
 
+def test_a_training_saves_itself_within_an_epoch(tiny, monkeypatch):
+    step = l2l_adv.train_step
+
+    def dying_step(*args):
+        if len(steps) == 5:  # the second epoch's third step
+            raise MemoryError
+        steps.append(1)
+        return step(*args)
+
+    monkeypatch.setattr("l2l_adv.train_step", dying_step)
+    for minutes, saved_step in ((["--checkpoint-every", "1e-9"], 2), ([], 0)):
+        steps, out = [], f"run{saved_step}"
+        with pytest.raises(MemoryError):
+            main([*tiny, "--method", "advtrain", *minutes, "--out", out])
+        run = torch.load(f"{out}/last.pt", weights_only=True)["training"]["run"]
+        assert (len(run["rows"]), run["step"]) == (1, saved_step)
+
+
+def test_only_what_a_killed_training_left_is_cleared_away(tiny, capsys):
+    Path("run").mkdir()
+    for name in ("last.pt.tmp", "best.pt.tmp", "thesis.tmp", "eval.json.tmp"):
+        Path("run", name).write_text("half of it")
+    assert main([*tiny, "--out", "run"]) is None
+    assert sorted(p.name for p in Path("run").glob("*.tmp")) == ["eval.json.tmp", "thesis.tmp"]
+    Path("run/last.pt").unlink()
+    assert main([*tiny, "--resume", "--out", "run"]) == 2 and "without last.pt" in capsys.readouterr().err
+    assert Path("run/best.pt").exists()
+
+
+def test_settings_of_other_types_make_a_checkpoint_that_can_be_read(tiny, tmp_path):
+    settings = Settings(out=tmp_path / "run", method="plain", dataset="cifar10", model="small", epochs=np.int64(1),
+                        eps=np.float64(8 / 255), seed=np.int32(1), beta=6)
+    l2l_adv.train(settings)
+    assert load_run("run")[2] == settings and settings.out == str(tmp_path / "run") and type(settings.beta) is float
+
+
 def test_a_second_ctrl_c_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt):
         with ctrl_c_asks() as asked:
@@ -991,7 +1030,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tiny, monkeypatch, capsys):
 def test_numbers_that_are_not_finite_stop_the_training(tiny, capsys, method):
     assert main([*tiny, "--method", method, "--lr", "1e30", "--out", "run"]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.search(rf"{method}, epoch \d, step \d: the (loss|gradient)", error), error
+    assert error.count("\n") == 1 and re.search(rf"{method}, epoch \d, after \d steps: the (loss|gradient|model's logits)", error)
     assert all(p.isfinite().all() for file in Path("run").glob("*.pt") for p in load_classifier(file).parameters())
 
 
@@ -1021,17 +1060,24 @@ def test_a_learned_optimizer_that_stalls_is_a_warning_in_the_table(tiny, monkeyp
     assert ["warning" in line for line in lines] == [False] * 6 + [True] and "0.5000 and PGD's 0.8000" in lines[-1]
 
 
-def test_the_held_out_scores_are_those_of_evaluate(tiny):
-    main([*tiny, "--method", "rnn-adv", "--epochs", "1", "--out", "run"])
-    _, (x, y) = hold_out(load_dataset("cifar10"))
-    model, optimizer, settings = load_run("run", "last")
-    torch.manual_seed(0)
-    accuracy, loss = evaluate(model, to_unit(x), y, {name: named_attack(name, settings.eps, optimizer)
-                                                    for name in ("pgd-10", "learned-10")}, losses=True)
-    row = json.loads(Path("run/log.jsonl").read_text())
-    assert row["natural"] == accuracy["natural"] and row["pgd-10"] == pytest.approx(accuracy["pgd-10"], abs=0.1)
-    assert row["pgd-10 loss"] == pytest.approx(loss["pgd-10"], rel=0.01)
-    assert row["learned-10 loss"] == pytest.approx(loss["learned-10"], rel=0.01)
+def test_the_held_out_scores_are_of_the_attacks_they_name(tiny, monkeypatch):
+    x, y = torch.randint(0, 256, (300, 1, 4, 4)).byte(), torch.zeros(300, dtype=torch.long)
+    seen = []
+
+    def outcome(model, x, y, attack, batch_size=256, label=""):
+        kind = "natural" if attack is None else {0.5: "learned", 0.25: "pgd"}[(attack(model, x, y) - x).abs().max().item()]
+        seen.append((kind, len(x)))
+        right = torch.zeros(len(x), dtype=torch.bool)
+        right[:{"natural": 150, "pgd": 30, "learned": 0}[kind]] = True
+        return right, torch.full((len(x),), {"natural": 0.1, "pgd": 0.7, "learned": 0.9}[kind])
+
+    monkeypatch.setattr("l2l_adv.outcome", outcome)
+    monkeypatch.setattr("l2l_adv.pgd", lambda model, x, y, **_: x + 0.25)
+    monkeypatch.setattr("l2l_adv.learned_attack", lambda model, optimizer, x, y, **_: x + 0.5)
+    players = types.SimpleNamespace(model=None, optimizer="any")
+    scores = l2l_adv.held_out_scores(players, x // 255, y, 0.1)
+    assert scores == pytest.approx({"natural": 0.5, "pgd-10": 0.1, "pgd-10 loss": 0.7, "learned-10 loss": 0.9})
+    assert seen == [("natural", 300), ("pgd", 300), ("learned", 256)]
 
 
 def damaged(raw, rng):
@@ -1135,6 +1181,10 @@ def test_attacks_refuse_bad_input(change, words):
     lambda: pgd(Net((3, 4, 4)), X, Y, eps=0.1, step_size=0.0, steps=1),
     lambda: pgd(Net((3, 4, 4)), X, Y, eps=0.1, step_size=0.1, steps=1, start="zero"),
     lambda: learned_attack(Net((3, 4, 4)), None, X, Y, eps=0.1, steps=1), lambda: Settings(out="x", epochs="3"),
+    lambda: Settings(out="x", method=None), lambda: Settings(out="x", dataset=None), lambda: Settings(out="x", seed=None),
+    lambda: pgd(Net((3, 4, 4)), X.numpy(), Y, eps=0.1, step_size=0.1, steps=1),
+    lambda: evaluate(Net((3, 4, 4)), X, Y, {}, batch_size=0), lambda: train_optimizer(Net((3, 4, 4)), [], eps=0.1),
+    lambda: train_optimizer(Net((3, 4, 4)), [(X, Y)], eps=0.1, lr=-1), lambda: train_optimizer(Net((3, 4, 4)), [(X, Y)], eps=2),
     lambda: Settings(out="x", eps_warmup=2), lambda: Trades(beta=0), lambda: LearnedOptimizer(cell="gru"), lambda: LearnedOptimizer(hidden_size=0),
     lambda: evaluate(Net((3, 4, 4)), X * 2, Y, {}), lambda: load_dataset("cifar100"), lambda: Settings(out=""),
     lambda: Settings(out="x", method="fgsm"), lambda: Settings(out="x", epochs=-1),
@@ -1160,7 +1210,7 @@ def test_python_refuses_bad_input(wrong):
     (["--hidden-size", "9" * 12], "hidden_size"), (["--meta-lr", "-1"], "meta_lr"), (["--meta-lr", "nan"], "meta_lr"),
     (["--meta-images", "0"], "meta_images"), (["--meta-images", "few"], "--meta-images"), (["--epochs", "9" * 30], "epochs"),
     (["--epochs", ""], "--epochs"), (["--batch-size", "0"], "batch_size"), (["--batch-size", "9" * 30], "batch_size"),
-    (["--lr", "0"], "lr must"), (["--lr", "nan"], "lr must"), (["--lr", "fast"], "--lr"), (["--schedule", "cosine"], "schedule"),
+    (["--lr", "0"], "lr must"), (["--lr", "1e300"], "lr must"), (["--model", "vgg16", "--limit", "1"], "too few for vgg16"), (["--lr", "nan"], "lr must"), (["--lr", "fast"], "--lr"), (["--schedule", "cosine"], "schedule"),
     (["--precision", "fp8"], "precision"), (["--compile", "yes"], "compile"), (["--seed", "1.5"], "--seed"),
     (["--seed", ""], "--seed"), (["--device", ""], "no device"), (["--device", "meta"], "no device"),
     (["--device", "cuda:-3"], "no device"), (["--limit", "-1"], "limit"), (["--limit", "9" * 30], "limit"),
@@ -1270,11 +1320,11 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("flags, words", [
     (["--attacks", "fgsm"], "unknown attack 'fgsm'"), (["--attacks", "pgd-0"], "unknown attack 'pgd-0'"),
-    (["--attacks", "pgd-10,"], "unknown attack ''"), (["--attacks", "learned-10"], "plain has no learned optimizer"),
+    (["--attacks", "pgd-10,"], "unknown attack ''"), (["--attacks", "learned-10"], "no run here has a learned optimizer"),
     (["--restarts", "0"], "--restarts"), (["--batch-size", "0"], "--batch-size"), (["--limit", "many"], "--limit"),
     (["--seed", "9" * 30], "--seed"), (["--seed", "-1"], "--seed"), (["--limit", "9" * 30], "--limit"), (["--limit", ""], "--limit"),
     (["--batch-size", "9" * 30], "--batch-size"), (["--eps", "nan"], "eps must"), (["--attacks", ""], "unknown attack ''"),
-    (["--eps", "8"], "eps must"), (["--device", "meta"], "no device"), (["--attacks", "pgd-1e3"], "unknown attack"), (["--restarts", "-1"], "--restarts"), (["--restarts", "9" * 30], "--restarts"),
+    (["--eps", "8"], "eps must"), (["--device", "meta"], "no device"), (["--attacks", "pgd-1e3"], "unknown attack"), (["--attacks", "pgd-" + "9" * 5000], "unknown attack"), (["--restarts", "-1"], "--restarts"), (["--restarts", "9" * 30], "--restarts"),
     (["--autoattack"], "pip install --no-deps torchattacks"), (["--eps", "x"], "--eps"), (["--checkpoint", "first"], "--checkpoint"),
 ])
 def test_eval_refuses_bad_input_in_one_line(plain, capsys, monkeypatch, flags, words):
@@ -1319,6 +1369,11 @@ def test_eval_runs_the_attacks_it_is_asked_for(tiny, capsys, monkeypatch):
     assert result["accuracy"]["autoattack"] == (model(1 - x).argmax(1) == y).sum().item() / 6
     assert result["loss"]["autoattack"] == pytest.approx(F.cross_entropy(model(1 - x), y).item(), rel=1e-4)
     assert result["restarts"] == 2 and result["attacks"] == ["learned-3", "pgd-2", "autoattack"]
+    losses = []
+    for attack_seed in ("5", "5", "6"):
+        assert main(["eval", "run", "--limit", "6", "--attacks", "pgd-2", "--seed", attack_seed]) is None
+        losses.append(json.loads(Path("run/eval.json").read_text())["loss"]["pgd-2"])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_differences_within_a_coin_s_noise_are_not_held_against_a_model():

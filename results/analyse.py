@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import (AdvTrain, InputError, Trades, backtrack, eval_mode, evaluate, input_gradient, load_dataset, pgd,
                        project, start_point, to_unit)
-from l2l_adv import Parser, learned_attack, make_objective, pick_device, positive, seed, write_whole
+from l2l_adv import Parser, as_program, learned_attack, make_objective, pick_device, positive, seed, write_whole
 from results import figures
 from results.evaluate import load_runs
 
@@ -314,8 +314,8 @@ def read_log(run):
 def runs_of(folders, which, device):
     """The runs of one call → [Run], and the settings of the first."""
     loaded = load_runs(folders, which, device, same=("dataset", "eps"))
-    return [Run(label, settings.method, model, optimizer, make_objective(settings), folder)
-            for label, folder, model, optimizer, settings in loaded], loaded[0][-1]
+    return [Run(run.label, run.settings.method, run.model, run.optimizer, make_objective(run.settings), run.folder)
+            for run in loaded], loaded[0].settings
 
 
 def analyse(runs, images, only, about):
@@ -377,7 +377,7 @@ def work(args):
 
 
 def main(argv=None):
-    """The command line; returns 2 after one clear line for a user's mistake, else None."""
+    """The command line; returns the exit status."""
     parser = Parser(prog="analyse.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders, all of one data set and eps")
     parser.add_argument("--limit", type=positive, default=256, help="the first so many test images; default 256")
@@ -389,11 +389,7 @@ def main(argv=None):
     parser.add_argument("--only", type=lambda text: text.split(","), default=ANALYSES, help="e.g. step,transfer")
     parser.add_argument("--json", metavar="FILE", help="write all the numbers to this file")
     parser.add_argument("--figures", metavar="DIR", help="draw figures into this folder; needs matplotlib")
-    try:
-        work(parser.parse_args(argv))
-    except (InputError, OSError) as error:
-        print(f"analyse.py: {error}", file=sys.stderr)
-        return 2
+    return as_program("analyse.py", work, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from baselines import eval_mode, pgd, progress, to_unit
-from l2l_adv import METHODS, Settings, learned_attack, make_players, pick_device, train_step, training_mode
+from baselines import MODELS, eval_mode, pgd, progress, to_unit
+from l2l_adv import (METHODS, Parser, Settings, as_program, learned_attack, make_players, pick_device, positive, train_step,
+                     training_mode)
 
 
 def bench(args):
@@ -42,7 +43,7 @@ def bench(args):
         print(json.dumps({"model": args.model, "batch_size": len(x), "steps": args.steps, "device": str(device),
                           "forward_ms_per_image": pass_cost, "methods": costs, "attacks": attacks}))
         return
-    print(f"{args.model}, batch {len(x)}, T = {args.steps}, {args.cell} learning from {settings.meta_images} images, "
+    print(f"{args.model}, batch {len(x)}, T = {args.steps}, {args.cell} learning from {min(len(x), settings.meta_images)} images, "
           f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds\n"
           f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'/ floor':>9}{'peak MB':>9}{'hours':>8}   (floor: 2T+3 forward "
           f"passes; hours: {args.epochs} epochs of 50,000 images)")
@@ -91,3 +92,20 @@ def memory(cuda, reset=False):
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     except (OSError, AttributeError, IndexError):
         return None
+
+
+def main(argv):
+    """The command line; returns the exit status."""
+    parser = Parser(prog="l2l_adv.py bench", description="What one training step of each method costs.")
+    parser.add_argument("--model", choices=MODELS, default="vgg16", help="small is timed on MNIST's size, the others on 32x32")
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--steps", type=positive, default=10)
+    parser.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")
+    parser.add_argument("--meta-images", type=positive, help="images of the batch that the optimizer learns from")
+    parser.add_argument("--epochs", type=positive, default=30, help="for the hours")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: as in training")
+    parser.add_argument("--compile", choices=("no", "cell", "all"), help="default: as in training")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true")
+    return as_program("l2l_adv.py", bench, parser.parse_args(argv))

@@ -1,19 +1,29 @@
 """`python l2l_adv.py eval RUNS`: the table of accuracies under attack and, with --sanity, the checks for gradient masking."""
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from baselines import (AdvTrain, InputError, check_budget, eval_mode, evaluate, input_gradient, load_dataset, outcome, pgd,
                        start_point, to_unit)
-from l2l_adv import load_run, named_attack, pick_device, write_whole
+from l2l_adv import (LearnedOptimizer, Parser, Settings, as_program, load_run, named_attack, pick_device, positive, seed, size,
+                     write_whole)
 
 STANDARD_ATTACKS = "pgd-10", "pgd-100", "cw-100", "learned-10"  # the paper's
 
 
+class Loaded(NamedTuple):
+    """A trained run: its classifier, and its learned optimizer if it has one."""
+    label: str
+    folder: Path
+    model: torch.nn.Module
+    optimizer: LearnedOptimizer
+    settings: Settings
+
+
 def load_runs(folders, which, device, same):
-    """The runs of one table → [(label, folder, classifier, learned optimizer or None, settings)]. Raises InputError if
-    they differ in one of the settings `same`."""
+    """The runs of one table, [Loaded]. Raises InputError if they differ in one of the settings `same`."""
     for folder in folders:
         if not Path(folder).is_dir():
             raise InputError(f"{folder} is not a run's folder")
@@ -21,9 +31,9 @@ def load_runs(folders, which, device, same):
     labels = names if len(set(names)) == len(names) else folders
     if len(set(labels)) < len(labels):
         raise InputError("one run is given twice")
-    runs = [(label, Path(folder), *load_run(folder, which, device)) for label, folder in zip(labels, folders)]
+    runs = [Loaded(label, Path(folder), *load_run(folder, which, device)) for label, folder in zip(labels, folders)]
     for name in same:
-        if len({getattr(run[-1], name) for run in runs}) > 1:
+        if len({getattr(run.settings, name) for run in runs}) > 1:
             raise InputError(f"these runs differ in {name}: make separate tables of them")
     return runs
 
@@ -49,41 +59,44 @@ def evaluate_runs(args):
     """A table on stdout, a row per run; the same numbers in each run's eval.json. With --sanity, the checks below."""
     device = pick_device(args.device)
     runs = load_runs(args.runs, args.checkpoint, device, same=("dataset", "eps") if args.eps is None else ("dataset",))
-    settings = runs[0][-1]
+    settings = runs[0].settings
     eps = settings.eps if args.eps is None else args.eps
     check_budget(eps, 1)
-    columns = list(dict.fromkeys(args.attacks or STANDARD_ATTACKS))
+    names = list(dict.fromkeys(args.attacks or STANDARD_ATTACKS))
+    for name in names:
+        named_attack(name, eps)
+        if args.attacks and name.startswith("learned") and all(run.optimizer is None for run in runs):
+            raise InputError(f"no run here has a learned optimizer, so no {name}: add one that has, or leave out the attack")
     package = {"autoattack": autoattack(eps, args.seed)} if args.autoattack else {}
-    for label, _, _, optimizer, _ in runs:
-        for name in columns:
-            named_attack(name, eps)
-            if args.attacks and name.startswith("learned") and optimizer is None:
-                raise InputError(f"{label} has no learned optimizer, so no {name}: leave out the run or the attack")
     data = load_dataset(settings.dataset, args.data_dir or settings.data_dir)
     limit = args.limit or (256 if args.sanity else None)
     x, y = to_unit(data.x_test[:limit]).to(device), data.y_test[:limit].to(device)
-    seeds = ", ".join(str(seed) for seed in sorted({run[-1].seed for run in runs}))
+    seeds = ", ".join(str(s) for s in sorted({run.settings.seed for run in runs}))
     heading = (f"{settings.dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, "
                f"training seed {seeds}, attack seed {args.seed}" + f", {args.restarts} restarts" * (args.restarts > 1))
     if args.sanity:
         return print_checks(heading, runs, x, y, eps, args)
-    shown = ["natural", *([] if args.worst_only else columns + list(package)), "worst"]
-    width = max(len("  mean loss"), *(len(run[0]) for run in runs)) + 2
-    print(f"{heading}; accuracy in %, below it the mean cross-entropy\n{'run':{width}}{'model':9}"
-          + "".join(f"{name:>11}" for name in shown))
-    for label, folder, model, optimizer, s in runs:
-        attacks = {name: named_attack(name, eps, optimizer, args.restarts) for name in columns
-                   if optimizer is not None or not name.startswith("learned")} | package
+    columns = ["natural", *([] if args.worst_only else names + list(package)), "worst"]
+    width = max(len("  mean loss"), *(len(run.label) for run in runs)) + 2
+    print(f"{heading}; accuracy in %, below it the mean cross-entropy\n{'run':{width}}{'model':9}" + row(columns))
+    for run in runs:
+        attacks = {name: named_attack(name, eps, run.optimizer, args.restarts) for name in names
+                   if run.optimizer is not None or not name.startswith("learned")} | package
         torch.manual_seed(args.seed)
-        accuracy, loss = evaluate(model, x, y, attacks, args.batch_size, args.worst_only, label, losses=True)
-        result = {"run": label, "method": s.method, "dataset": s.dataset, "model": s.model, "eps": eps, "images": len(x),
-                  "checkpoint": args.checkpoint, "training_seed": s.seed, "seed": args.seed, "restarts": args.restarts,
-                  "attacks": list(attacks), "accuracy": accuracy, "loss": loss}
-        write_whole(folder / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
-        print(f"{label:{width}}{s.model:9}" + "".join(f"{100 * accuracy[name]:11.2f}" if name in accuracy else f"{'-':>11}"
-                                                      for name in shown))
-        print(f"{'  mean loss':{width + 9}}" + "".join(f"{loss[name]:11.4f}" if name in loss else f"{'-':>11}"
-                                                       for name in shown[:-1]), flush=True)
+        accuracy, loss = evaluate(run.model, x, y, attacks, args.batch_size, args.worst_only, run.label, losses=True)
+        print(f"{run.label:{width}}{run.settings.model:9}"
+              + row(f"{100 * accuracy[name]:.2f}" if name in accuracy else "-" for name in columns))
+        print(f"{'  mean loss':{width + 9}}" + row(f"{loss[name]:.4f}" if name in loss else "-" for name in columns[:-1]),
+              flush=True)
+        result = {"run": run.label, "method": run.settings.method, "dataset": settings.dataset, "model": run.settings.model,
+                  "eps": eps, "images": len(x), "checkpoint": args.checkpoint, "training_seed": run.settings.seed,
+                  "seed": args.seed, "batch_size": args.batch_size, "restarts": args.restarts, "attacks": list(attacks),
+                  "accuracy": accuracy, "loss": loss}
+        write_whole(run.folder / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def row(texts):
+    return "".join(f"{text:>11}" for text in texts)
 
 
 # ---- Is the gradient masked? ----------------------------------------------------------------------------------------
@@ -142,13 +155,33 @@ def checks(model, x, y, eps, others, batch_size=256):
 
 
 def print_checks(heading, runs, x, y, eps, args):
-    """All checks of the runs of l2l_adv.load_runs, on stdout."""
+    """All checks of the runs, on stdout."""
     print(f"{heading}; accuracy in %, PGD with steps of eps/4")
-    for label, _, model, _, settings in runs:
-        print(f"{label} ({settings.method}, {settings.model})")
+    for run in runs:
+        print(f"{run.label} ({run.settings.method}, {run.settings.model})")
         torch.manual_seed(args.seed)
-        others = {run[0]: run[2] for run in runs if run[0] != label}
-        for question, passed, numbers in checks(model, x, y, eps, others, args.batch_size):
+        others = {other.label: other.model for other in runs if other is not run}
+        for question, passed, numbers in checks(run.model, x, y, eps, others, args.batch_size):
             print(f"  {'pass' if passed else 'FAIL'}  {question}: {numbers}", flush=True)
         if not others:
             print("  -     transfer from another run: give a second one")
+
+
+def main(argv):
+    """The command line; returns the exit status."""
+    parser = Parser(prog="l2l_adv.py eval", description="One table, a row per run; also eval.json in each run's folder.")
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--limit", type=positive, help="only the first so many test images; default all, with --sanity 256")
+    parser.add_argument("--batch-size", type=positive, default=256)
+    parser.add_argument("--eps", type=size, help="default: the one trained with")
+    parser.add_argument("--attacks", type=lambda text: text.split(","), metavar="NAME,NAME",
+                        help=f"pgd-N, cw-N, learned-N with N steps; default {','.join(STANDARD_ATTACKS)}")
+    parser.add_argument("--restarts", type=positive, default=1, help="of each attack; an image must survive them all")
+    parser.add_argument("--autoattack", action="store_true", help="a further column, by the torchattacks package")
+    parser.add_argument("--worst-only", action="store_true", help="skip what is broken already: faster, only the last column")
+    parser.add_argument("--sanity", action="store_true", help="instead of the table: is the gradient masked?")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=seed, default=0, help="of the attacks")
+    return as_program("l2l_adv.py", evaluate_runs, parser.parse_args(argv))
