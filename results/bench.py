@@ -67,7 +67,8 @@ def measure(jobs, rounds, device):
     sync = torch.cuda.synchronize if cuda else lambda: None
     seconds, peaks = {name: [] for name in jobs}, {}
     for turn in progress(range(rounds + 1), "bench"):
-        for name, job in jobs.items():
+        order = list(jobs.items())
+        for name, job in order[turn % len(jobs):] + order[:turn % len(jobs)]:  # no one has always the same place
             before = None if turn else memory(cuda, reset=True)
             sync()
             start = time.perf_counter()
