@@ -155,13 +155,15 @@ def average(tensors):
 
 def update(loss, theta=None, phi=None):
     """Each player moves along its gradient, φ's clipped to norm 1; or, where anything is not finite, none: NotFinite."""
-    norms = [nn.utils.clip_grad_norm_([p for group in player.param_groups for p in group["params"]], longest)
-             for player, longest in ((theta, math.inf), (phi, 1.0)) if player]
-    names = ["the loss", *["the gradient of theta"] * bool(theta), *["the gradient of phi"] * bool(phi)]
-    for name, value in zip(names, torch.stack([loss, *norms]).tolist()):  # a step's only wait for the GPU, at its end
+    players = [(name, player, longest) for name, player, longest in (("theta", theta, math.inf), ("phi", phi, 1.0)) if player]
+    sizes = {"the loss": loss}
+    for name, player, longest in players:
+        weights = [p for group in player.param_groups for p in group["params"]]
+        sizes[f"the gradient of {name}"] = nn.utils.clip_grad_norm_(weights, longest)
+    for name, value in zip(sizes, torch.stack(list(sizes.values())).tolist()):  # a step's only wait for the GPU, at its end
         if not math.isfinite(value):
             raise NotFinite(f"{name} is not finite ({value})")
-    for player in filter(None, (theta, phi)):
+    for _, player, _ in players:
         player.step()
 
 

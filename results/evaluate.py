@@ -103,11 +103,6 @@ def row(texts):
 # The questions of Athalye et al. (2018, "Obfuscated Gradients Give a False Sense of Security") and Carlini et al. (2019,
 # "On Evaluating Adversarial Robustness"). A model that fails one may be less robust than its table says.
 
-def attack(eps, steps, step_size=None):
-    """PGD as `outcome` takes it, with steps of eps/4 or of `step_size`."""
-    return lambda model, x, y: pgd(model, x, y, eps=eps, steps=steps, step_size=step_size or eps / 4)
-
-
 def not_above(a, b):
     """Whether accuracy a is at most accuracy b, but for noise: of the images on which the two differ, a's surplus is
     within two standard deviations of a coin's (McNemar). a, b: (N,), who is right."""
@@ -133,23 +128,23 @@ def checks(model, x, y, eps, others, batch_size=256):
     def shown(masks):
         return ", ".join(f"{name} {100 * mask.double().mean():.2f}" for name, mask in masks.items())
 
-    by_steps = {f"{steps} steps": right(attack(eps, steps)) for steps in (5, 10, 20, 50, 100)}
+    by_steps = {f"{steps} steps": right(named_attack(f"pgd-{steps}", eps)) for steps in (5, 10, 20, 50, 100)}
     masks = list(by_steps.values())
     yield ("more steps do not raise accuracy", all(not_above(b, a) for a, b in zip(masks, masks[1:])), shown(by_steps))
     pgd_10, natural = by_steps["10 steps"], right(None)
-    one = right(attack(eps, 1, step_size=eps))
+    one = right(lambda model, x, y: pgd(model, x, y, eps=eps, step_size=eps, steps=1))
     yield ("iterations beat one step", not_above(pgd_10, one), shown({"one step of eps": one, "PGD-10": pgd_10}))
     noise = right(lambda model, x, y: start_point(x, eps, "uniform"))
     broken = [(natural & ~mask).sum().item() for mask in (noise, pgd_10)]
     yield ("random noise breaks less than half of what PGD-10 breaks", 2 * broken[0] < broken[1],
            shown({"natural": natural, "noise": noise, "PGD-10": pgd_10}))
-    larger = {f"{k}x": right(attack(min(k * eps, 0.99), 50)) for k in (1, 4, 8)}
+    larger = {"1x": by_steps["50 steps"], **{f"{k}x": right(named_attack("pgd-50", min(k * eps, 0.99))) for k in (4, 8)}}
     yield ("accuracy falls to about 0 (below 5 %) as eps grows", larger["8x"].double().mean() < 0.05,
            shown({f"{name} eps": mask for name, mask in larger.items()}))
     share = zero_gradient(model, x, y, batch_size)
     yield "at most 1 % of the images have an all-zero gradient", share <= 0.01, f"{100 * share:.2f} %"
     for name, other in others.items():
-        transferred = right(lambda _, x, y: attack(eps, 10)(other, x, y))
+        transferred = right(lambda _, x, y: named_attack("pgd-10", eps)(other, x, y))
         yield (f"PGD-10 made on {name} is no stronger", not_above(pgd_10, transferred),
                shown({"transferred": transferred, "white box": pgd_10}))
 
