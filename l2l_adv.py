@@ -63,8 +63,9 @@ class LearnedOptimizer(nn.Module):
     """m_φ: (g_t, h_t) → (δ_t, h_{t+1}), one recurrent cell shared by all coordinates, one state per coordinate.
 
     cell="lstm": 450 weights at hidden size 10; cell="rnn": the paper's 120 (10 + 100 + 10). No biases in either.
-    The paper leaves scaling open. Ours, chosen on MNIST: the input is g divided by the image's mean |g|, since gradients
-    shrink by orders of magnitude as the classifier grows sure; the output is tanh, so no step is longer than eps.
+    The paper leaves scaling open. Ours, chosen on MNIST: the input is sign(g)·max(0, 1 + log(|g| / mean|g|) / 5), the mean
+    being the image's: from image to image and within one, gradients differ by orders of magnitude (Andrychowicz et al.
+    2016, appendix A, do alike). The output is tanh, so no step is longer than eps. results/mnist.md compares others.
     """
 
     def __init__(self, hidden_size=10, cell="lstm"):
@@ -84,6 +85,7 @@ class LearnedOptimizer(nn.Module):
         Returns the update δ in units of eps, in (−1, 1), like g, and the next state (h, c)."""
         scale = g.abs().flatten(1).mean(1).clamp(min=torch.finfo(g.dtype).tiny)  # (B,)
         u = (g / scale.view(-1, *[1] * (g.dim() - 1))).reshape(1, -1)  # (1, N), N = B·C·H·W coordinates
+        u = u.sign() * (1 + u.abs().log() / 5).clamp(min=0)  # 0 below e^−5 of the mean, and for g = 0
         h, c = state or [u.new_zeros(self.hidden_size, u.shape[1])] * 2  # (H, N) each
         # The hidden axis comes first: each gate is a block of whole rows, and the product is one (4H, 1+H) × (1+H, N).
         z = self.W @ torch.cat([u, h])  # (4H, N); (H, N) in the RNN, which leaves c alone
@@ -254,7 +256,8 @@ METHODS = {  # the paper's grid: an objective, and who maximises its inner loss
     "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-bls": (AdvTrain, "line search"),
     "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
 DEFAULTS = {  # of the settings that are left at None: by data set, then by model
-    "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3}, "mnist": {"model": "small", "eps": 0.3, "epochs": 5},
+    "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3},
+    "mnist": {"model": "small", "eps": 0.3, "epochs": 3, "lr": 0.05, "eps_warmup": 0.25},
     "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30},
     "small": {"batch_size": 64, "meta_images": 16, "lr": 0.02, "eps_warmup": 0.5},
     "vgg16": {"batch_size": 128, "meta_images": 32, "lr": 0.05, "eps_warmup": 0.0},
@@ -285,8 +288,8 @@ class Settings:
     data_dir: str = setting(None, str, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, then data/")
     limit: int = setting(None, int, "train on so many images; default all but the 1,000 held out")
     eps: float = setting(None, size, "radius of the attack in [0, 1] pixels, 8/255 or 0.031; default 8/255, mnist 0.3")
-    eps_warmup: float = setting(None, float, "share of the training in which eps grows from 0; default 0.5 for small, else 0",
-                                zero=True, most=1)
+    eps_warmup: float = setting(None, float, "share of the training in which eps grows from 0; default mnist 0.25, else 0.5 for "
+                                "small, 0", zero=True, most=1)
     steps: int = setting(10, int, "T, the inner steps")
     step_size: float = setting(None, size, "PGD's step; default eps/4, with line search its longest step, eps")
     beta: float = setting(6.0, float, "weight of TRADES' robust term")
@@ -294,9 +297,10 @@ class Settings:
     hidden_size: int = setting(10, int, "its state per coordinate", most=1000)
     meta_lr: float = setting(0.01, float, "learning rate of the learned optimizer (Adam)")
     meta_images: int = setting(None, int, "images of each batch that it learns from; default 16 for small, else 32")
-    epochs: int = setting(None, int, "passes over the training images; default 3, mnist 5, cifar10 30")
+    epochs: int = setting(None, int, "passes over the training images; default 3, cifar10 30")
     batch_size: int = setting(None, int, "images per step; default 64 for small, else 128")
-    lr: float = setting(None, float, "peak learning rate of the classifier (SGD); default 0.02 for small, 0.05 vgg16, else 0.1")
+    lr: float = setting(None, float, "peak learning rate of the classifier (SGD); default 0.02 for small, 0.05 mnist and vgg16, "
+                        "else 0.1")
     schedule: str = setting("one-cycle", str, "of the classifier's learning rate; piecewise is the classic one for 100 epochs",
                             ("one-cycle", "piecewise"))
     precision: str = setting(None, str, "of the classifier in training; default bf16 on CUDA, else fp32", ("fp32", "bf16"))

@@ -1,0 +1,48 @@
+"""The table of results/mnist.md from the raw numbers beside it: mean and standard deviation over the training seeds.
+
+    python3 results/table.py results/mnist
+"""
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "learned-10", "worst"
+ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "rnn-trades-rnn", "rnn-trades"
+
+
+def read(folder, what):
+    """{method: [the JSON of each seed]} of the files METHOD-sSEED.what.json."""
+    found = {}
+    for path in sorted(Path(folder).glob(f"*-s*.{what}.json")):
+        found.setdefault(path.name.rpartition("-s")[0], []).append(json.loads(path.read_text()))
+    return {name: found[name] for name in sorted(found, key=lambda name: (ORDER + (name,)).index(name))}
+
+
+def cell(values, factor, digits):
+    """mean ± sample standard deviation; a single value without; - for none."""
+    values = [factor * value for value in values]
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}" if values else "-"
+
+
+def table(title, found, kind, factor, digits):
+    """Print accuracies in % (kind "accuracy") or mean cross-entropies (kind "loss") as Markdown."""
+    columns = [name for name in COLUMNS if any(name in run[kind] for runs in found.values() for run in runs)]
+    print(f"\n{title}\n\n| method | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
+    for method, runs in found.items():
+        cells = [cell([run[kind][name] for run in runs if name in run[kind]], factor, digits) for name in columns]
+        print(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
+
+
+def main(folder):
+    for what, checkpoint in (("best", "best checkpoint"), ("last", "last checkpoint"), ("all", "best checkpoint")):
+        if found := read(folder, what):
+            images, = {run["images"] for runs in found.values() for run in runs}
+            table(f"{checkpoint}, the first {images:,} test images, accuracy in %", found, "accuracy", 100, 2)
+            if what == "best":
+                table("the same, mean cross-entropy that the attack reached", found, "loss", 1, 4)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
