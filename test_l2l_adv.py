@@ -323,11 +323,10 @@ def test_cell_equals_the_one_of_torch_forward_and_gradient(cell, weights):
         theirs.weight_ih.copy_(W[:, :1])
         theirs.weight_hh.copy_(W[:, 1:])
     gradients = torch.randn(4, 2, 3, 2, 2, dtype=torch.float64)
-    gradients[:, :, 0] *= 1e-4  # so small that they do not count
     state, reference, outputs, expected = None, None, [], []
     for g in gradients:
         delta, state = ours(g, state)
-        u = (1 + (g.abs() / g.abs().mean((1, 2, 3), keepdim=True)).log() / 5).relu().copysign(g).reshape(-1, 1)
+        u = (g / g.abs().mean((1, 2, 3), keepdim=True)).reshape(-1, 1)
         reference = theirs(u, reference)
         h = reference[0] if cell == "lstm" else reference
         outputs.append(delta)
