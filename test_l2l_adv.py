@@ -35,6 +35,7 @@ from l2l_adv import (METHODS, LearnedOptimizer, NotFinite, Settings, ctrl_c_asks
                      load_classifier, load_run, locked, main, meta_objective, named_attack, size, train_optimizer,
                      train_step_learned, train_step_pgd, unroll, write_whole)
 from results.evaluate import checks, not_above
+from results.table import main as table
 
 torch.set_num_threads(1)  # the problems are so small that threads would only wait for each other
 HERE = Path(__file__).parent
@@ -1417,6 +1418,79 @@ def test_eval_sanity_prints_a_line_for_each_check(tiny, capsys):
     assert "eps = 8/255" in header and len(lines) == 14 and lines[0].startswith("a (plain") and "made on b" in lines[6]
     assert all(re.match(r"  (pass|FAIL)  .*: .*\d", line) for line in lines[1:7] + lines[8:])
     assert not Path("a/eval.json").exists()
+
+
+# ---- results/ --------------------------------------------------------------------------------------------------------
+
+WORKER = f"""#!/bin/sh
+# python3 for reproduce.sh: notes what it is asked for and leaves what a training and an evaluation leave.
+case $1 in -c) exit 1 ;; results/table.py) exec "{sys.executable}" "$@" ;; esac
+echo "$*" >>"$CALLS"
+case $2 in
+train) for out do case $last in --out) break ;; esac; last=$out; done
+       case " $FAILS " in *" ${{out##*/}} "*) echo "out of memory" >&2; exit 1 ;; esac
+       mkdir -p "$out"; touch "$out/log.jsonl" ;;
+eval) echo '{{"images": 5, "accuracy": {{"natural": 0.5, "worst": 0.25}}, "loss": {{"natural": 1.5}}}}' >"$3/eval.json" ;;
+esac
+"""
+
+
+def test_reproduce_trains_and_attacks_each_run_once(tmp_path, monkeypatch):
+    (tmp_path / "python3").write_text(WORKER)
+    (tmp_path / "python3").chmod(0o755)
+    for name in ("LIMIT", "EPOCHS", "TEST_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(PATH=f"{tmp_path}:{os.environ['PATH']}", RUNS=str(tmp_path / "runs"), JOBS="1", FAILS="",
+                            RESULTS=str(tmp_path / "numbers"), CALLS=str(tmp_path / "calls")).items():
+        monkeypatch.setenv(name, value)
+
+    def run(*names):
+        (tmp_path / "calls").write_text("")
+        done = subprocess.run(["bash", HERE / "results" / "reproduce.sh", *names], capture_output=True, text=True, timeout=30)
+        asked = (tmp_path / "calls").read_text().replace(str(tmp_path / "runs"), "R").replace("l2l_adv.py ", "")
+        return done.returncode, done.stdout, done.stderr, asked.splitlines()
+
+    status, table, _, asked = run("mnist", "advtrain-s2", "rnn-adv-rnn-s0", "trades-s0")
+    evaluated = ["--limit 2000", "--limit 2000 --checkpoint last"]
+    assert status == 0 and "| advtrain | 1 | 50.00 | 25.00 |" in table and asked == [
+        "train --method advtrain --out R/advtrain-s2 --resume --dataset mnist --precision bf16 --seed 2 --step-size 0.15",
+        *(f"eval R/advtrain-s2 {how}" for how in evaluated),
+        "train --method rnn-adv --out R/rnn-adv-rnn-s0 --resume --dataset mnist --precision bf16 --seed 0 --cell rnn",
+        *(f"eval R/rnn-adv-rnn-s0 {how}" for how in evaluated),
+        "train --method trades --out R/trades-s0 --resume --dataset mnist --precision bf16 --seed 0 --step-size 0.15",
+        *(f"eval R/trades-s0 {how}" for how in evaluated),
+        "eval R/advtrain-s2 --attacks pgd-10 --limit 10000", "eval R/rnn-adv-rnn-s0 --attacks pgd-10,learned-10 --limit 10000",
+        "eval R/trades-s0 --attacks pgd-10 --limit 10000", "eval R/trades-s0 --attacks pgd-10 --autoattack --limit 500"]
+    assert run("mnist", "advtrain-s2", "rnn-adv-rnn-s0", "trades-s0")[3] == []  # nothing is done twice
+    (tmp_path / "numbers" / "trades-s0.last.json").unlink()
+    assert run("mnist", "trades-s0")[3][1:] == ["eval R/trades-s0 --limit 2000 --checkpoint last"]
+
+    monkeypatch.setenv("FAILS", "trades-resnet18-s1")
+    status, _, err, asked = run("cifar10", "trades-resnet18-s1", "rnn-adv-vgg16-s1")
+    assert status != 0 and err == "reproduce.sh: trades-resnet18-s1 failed: out of memory\n" and asked == [
+        "train --method trades --out R/trades-resnet18-s1 --resume --dataset cifar10 --seed 1 --model resnet18",
+        "train --method rnn-adv --out R/rnn-adv-vgg16-s1 --resume --dataset cifar10 --seed 1 --model vgg16",
+        "eval R/rnn-adv-vgg16-s1 --limit 10000", "eval R/rnn-adv-vgg16-s1 --limit 10000 --checkpoint last"]
+    assert run("svhn")[0] == 2
+
+
+def test_table_is_the_mean_and_the_standard_deviation_over_seeds(tmp_path, capsys):
+    accuracy = {"trades": [0.91, 0.93, 0.98], "rnn-adv": [0.5, 0.75], "plain": [0.25]}
+    for method, values in accuracy.items():
+        for seed, value in enumerate(values):
+            run = {"images": 2000, "accuracy": {"natural": 0.99, "worst": value}, "loss": {"natural": value / 2}}
+            (tmp_path / f"{method}-s{seed}.best.json").write_text(json.dumps(run))
+    table(tmp_path)
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["method", "seeds", "natural", "worst"] and rows[4] == ["method", "seeds", "natural"]
+    for row, loss, method in zip(rows[1:4], rows[5:], ("plain", "rnn-adv", "trades")):
+        values = np.array(accuracy[method])
+        spread = [f" ± {np.std(values, ddof=1) * scale:.{digits}f}" if len(values) > 1 else ""
+                  for scale, digits in ((100, 2), (0.5, 4))]
+        assert row[:2] == [method, str(len(values))] and row[3] == f"{100 * values.mean():.2f}{spread[0]}"
+        assert loss == [method, str(len(values)), f"{values.mean() / 2:.4f}{spread[1]}"]
+    assert "first 2,000 test images" in printed
 
 
 # ---- run_cifar.sh ----------------------------------------------------------------------------------------------------
