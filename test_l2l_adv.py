@@ -1420,6 +1420,28 @@ def test_eval_sanity_prints_a_line_for_each_check(tiny, capsys):
     assert not Path("a/eval.json").exists()
 
 
+def test_a_lent_learned_optimizer_attacks_the_run_that_has_none(tiny, capsys):
+    main([*tiny, "--method", "rnn-adv", "--out", "learned"])
+    main([*tiny, "--method", "advtrain", "--out", "by-hand"])
+    with torch.no_grad():  # so that its steps are not tiny
+        saved = torch.load("learned/best.pt", weights_only=True)
+        saved["learned_optimizer"]["W_out"].mul_(100)
+        torch.save(saved, "learned/best.pt")
+    capsys.readouterr()
+    assert main(["eval", "by-hand", "--limit", "4", "--attacks", "learned-2", "--lend", "learned"]) is None
+    assert "with learned's learned optimizer" in capsys.readouterr().out
+    result = json.loads(Path("by-hand/eval.json").read_text())
+    model, x, y = load_classifier("by-hand/best.pt"), *(part[:4] for part in load_dataset("cifar10")[2:4])
+    attacks = {"learned-2": named_attack("learned-2", result["eps"], load_run("learned")[1])}
+    torch.manual_seed(0)
+    assert result["loss"] == pytest.approx(evaluate(model, to_unit(x), y, attacks, losses=True)[1], rel=1e-5)
+    assert result["loss"]["learned-2"] > result["loss"]["natural"] and result["lender"] == "learned"
+    assert main(["eval", "learned", "--limit", "2", "--attacks", "pgd-1", "--lend", "learned"]) is None
+    assert json.loads(Path("learned/eval.json").read_text())["lender"] is None  # it has its own
+    assert main(["eval", "learned", "--limit", "2", "--lend", "by-hand"]) == 2
+    assert "by-hand has no learned optimizer to lend" in capsys.readouterr().err
+
+
 # ---- results/ --------------------------------------------------------------------------------------------------------
 
 WORKER = f"""#!/bin/sh
@@ -1450,27 +1472,33 @@ def test_reproduce_trains_and_attacks_each_run_once(tmp_path, monkeypatch):
         asked = (tmp_path / "calls").read_text().replace(str(tmp_path / "runs"), "R").replace("l2l_adv.py ", "")
         return done.returncode, done.stdout, done.stderr, asked.splitlines()
 
-    status, table, _, asked = run("mnist", "advtrain-s2", "rnn-adv-rnn-s0", "trades-s0")
-    evaluated = ["--limit 2000", "--limit 2000 --checkpoint last"]
+    names = "advtrain-s2", "rnn-adv-rnn-s0", "trades-s0"
+    status, table, _, asked = run("mnist", *names)
+    lenders = dict(zip(names, ("rnn-adv-s2", "rnn-adv-rnn-s0", "rnn-trades-s0")))
+    attacked = {name: [f"eval R/{name} --limit 2000 --lend R/{lenders[name]}{last}" for last in ("", " --checkpoint last")]
+                for name in names}
+    mnist = "--resume --dataset mnist --precision bf16"
     assert status == 0 and "| advtrain | 1 | 50.00 | 25.00 |" in table and asked == [
-        "train --method advtrain --out R/advtrain-s2 --resume --dataset mnist --precision bf16 --seed 2 --step-size 0.15",
-        *(f"eval R/advtrain-s2 {how}" for how in evaluated),
-        "train --method rnn-adv --out R/rnn-adv-rnn-s0 --resume --dataset mnist --precision bf16 --seed 0 --cell rnn",
-        *(f"eval R/rnn-adv-rnn-s0 {how}" for how in evaluated),
-        "train --method trades --out R/trades-s0 --resume --dataset mnist --precision bf16 --seed 0 --step-size 0.15",
-        *(f"eval R/trades-s0 {how}" for how in evaluated),
-        "eval R/advtrain-s2 --attacks pgd-10 --limit 10000", "eval R/rnn-adv-rnn-s0 --attacks pgd-10,learned-10 --limit 10000",
-        "eval R/trades-s0 --attacks pgd-10 --limit 10000", "eval R/trades-s0 --attacks pgd-10 --autoattack --limit 500"]
-    assert run("mnist", "advtrain-s2", "rnn-adv-rnn-s0", "trades-s0")[3] == []  # nothing is done twice
+        f"train --method advtrain --out R/advtrain-s2 {mnist} --seed 2 --step-size 0.15",
+        f"train --method rnn-adv --out R/rnn-adv-rnn-s0 {mnist} --seed 0 --cell rnn",
+        f"train --method trades --out R/trades-s0 {mnist} --seed 0 --step-size 0.15",
+        *sum(attacked.values(), []),
+        *(f"eval R/{name} --attacks pgd-10,learned-10 --limit 10000 --lend R/{lenders[name]}" for name in names),
+        "eval R/trades-s0 --attacks pgd-10 --autoattack --limit 500"]
+    assert run("mnist", *names)[3] == []  # nothing is done twice
     (tmp_path / "numbers" / "trades-s0.last.json").unlink()
-    assert run("mnist", "trades-s0")[3][1:] == ["eval R/trades-s0 --limit 2000 --checkpoint last"]
+    assert run("mnist", "trades-s0")[3][1:] == attacked["trades-s0"][1:]
 
     monkeypatch.setenv("FAILS", "trades-resnet18-s1")
     status, _, err, asked = run("cifar10", "trades-resnet18-s1", "rnn-adv-vgg16-s1")
     assert status != 0 and err == "reproduce.sh: trades-resnet18-s1 failed: out of memory\n" and asked == [
         "train --method trades --out R/trades-resnet18-s1 --resume --dataset cifar10 --seed 1 --model resnet18",
-        "train --method rnn-adv --out R/rnn-adv-vgg16-s1 --resume --dataset cifar10 --seed 1 --model vgg16",
-        "eval R/rnn-adv-vgg16-s1 --limit 10000", "eval R/rnn-adv-vgg16-s1 --limit 10000 --checkpoint last"]
+        "train --method rnn-adv --out R/rnn-adv-vgg16-s1 --resume --dataset cifar10 --seed 1 --model vgg16"]
+    monkeypatch.setenv("FAILS", "")
+    names = "trades-resnet18-s1", "rnn-adv-vgg16-s1"
+    assert [line for line in run("cifar10", *names)[3] if line.startswith("eval")] == [
+        f"eval R/{name} --limit 10000 --lend R/{lender}{last}" for name, lender in zip(names, ("rnn-trades-resnet18-s1", names[1]))
+        for last in ("", " --checkpoint last")]
     assert run("svhn")[0] == 2
 
 

@@ -20,6 +20,7 @@ class Loaded(NamedTuple):
     model: torch.nn.Module
     optimizer: LearnedOptimizer
     settings: Settings
+    lender: str = None  # the run that it has the learned optimizer from, if that is not its own
 
 
 def load_runs(folders, which, device, same):
@@ -36,6 +37,14 @@ def load_runs(folders, which, device, same):
         if len({getattr(run.settings, name) for run in runs}) > 1:
             raise InputError(f"these runs differ in {name}: make separate tables of them")
     return runs
+
+
+def lend(runs, folder, which, device):
+    """The runs, those without a learned optimizer now with the one of the run `folder`. Raises InputError."""
+    (lender,) = load_runs([folder], which, device, same=())
+    if lender.optimizer is None:
+        raise InputError(f"{folder} has no learned optimizer to lend: take an rnn- run")
+    return [run if run.optimizer else run._replace(optimizer=lender.optimizer, lender=lender.label) for run in runs]
 
 
 def autoattack(eps, seed):
@@ -62,18 +71,21 @@ def evaluate_runs(args):
     settings = runs[0].settings
     eps = settings.eps if args.eps is None else args.eps
     check_budget(eps, 1)
+    if args.lend:
+        runs = lend(runs, args.lend, args.checkpoint, device)
     names = list(dict.fromkeys(args.attacks or STANDARD_ATTACKS))
     for name in names:
         named_attack(name, eps)
         if args.attacks and name.startswith("learned") and all(run.optimizer is None for run in runs):
-            raise InputError(f"no run here has a learned optimizer, so no {name}: add one that has, or leave out the attack")
+            raise InputError(f"no run here has a learned optimizer, so no {name}: --lend that of an rnn- run, or leave it out")
     package = {"autoattack": autoattack(eps, args.seed)} if args.autoattack else {}
     data = load_dataset(settings.dataset, args.data_dir or settings.data_dir)
     limit = args.limit or (256 if args.sanity else None)
     x, y = to_unit(data.x_test[:limit]).to(device), data.y_test[:limit].to(device)
     seeds = ", ".join(str(s) for s in sorted({run.settings.seed for run in runs}))
     heading = (f"{settings.dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, "
-               f"training seed {seeds}, attack seed {args.seed}" + f", {args.restarts} restarts" * (args.restarts > 1))
+               f"training seed {seeds}, attack seed {args.seed}" + f", {args.restarts} restarts" * (args.restarts > 1)
+               + "".join({f", with {run.lender}'s learned optimizer where there is none" for run in runs if run.lender}))
     if args.sanity:
         return print_checks(heading, runs, x, y, eps, args)
     columns = ["natural", *([] if args.worst_only else names + list(package)), "worst"]
@@ -91,7 +103,7 @@ def evaluate_runs(args):
         result = {"run": run.label, "method": run.settings.method, "dataset": settings.dataset, "model": run.settings.model,
                   "eps": eps, "images": len(x), "checkpoint": args.checkpoint, "training_seed": run.settings.seed,
                   "seed": args.seed, "batch_size": args.batch_size, "restarts": args.restarts, "attacks": list(attacks),
-                  "accuracy": accuracy, "loss": loss}
+                  "lender": run.lender, "accuracy": accuracy, "loss": loss}
         write_whole(run.folder / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
@@ -174,6 +186,7 @@ def main(argv):
                         help=f"pgd-N, cw-N, learned-N with N steps; default {','.join(STANDARD_ATTACKS)}")
     parser.add_argument("--restarts", type=positive, default=1, help="of each attack; an image must survive them all")
     parser.add_argument("--autoattack", action="store_true", help="a further column, by the torchattacks package")
+    parser.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
     parser.add_argument("--worst-only", action="store_true", help="skip what is broken already: faster, only the last column")
     parser.add_argument("--sanity", action="store_true", help="instead of the table: is the gradient masked?")
     parser.add_argument("--data-dir")

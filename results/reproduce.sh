@@ -4,7 +4,8 @@
 # file already is skipped, so remove the file to make it anew.
 #
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist                  everything: some ten hours on two cores
-#   MNIST_DIR=data/mnist bash results/reproduce.sh mnist advtrain-s0      one run, METHOD-sSEED; METHOD-rnn-sSEED: small cell
+#   MNIST_DIR=data/mnist bash results/reproduce.sh mnist advtrain-s0 rnn-adv-s0    some runs: METHOD-sSEED, METHOD-rnn-sSEED
+#                                                                         with the small cell; by hand takes its rnn- twin too
 #   CIFAR10_DIR=data/cifar-10-batches-bin bash results/reproduce.sh cifar10       on a GPU; METHOD-MODEL-sSEED
 #   python3 results/table.py results/mnist                                the table of what is there
 #
@@ -42,8 +43,8 @@ a, b = (torch.load(f"{sys.argv[1]}/{which}.pt")["held_out"]["epoch"] for which i
 sys.exit(a != b)' "$1"
 }
 
-train_and_attack() {  # NAME
-    local name=$1 run=$RUNS/$1 method=${1%-s*}
+train() {  # NAME
+    local name=$1 method=${1%-s*}
     local more=(--seed "${name##*-s}")
     case $method in
         *-rnn) method=${method%-rnn} more+=(--cell rnn) ;;
@@ -54,21 +55,30 @@ train_and_attack() {  # NAME
     [[ -n ${EPOCHS-} ]] && more+=(--epochs "$EPOCHS")
     [[ -n ${LIMIT-} ]] && more+=(--limit "$LIMIT")
     [[ -e $RESULTS/$name.best.json && -e $RESULTS/$name.last.json ]] && return
-    python3 l2l_adv.py train --method "$method" --out "$run" --resume "${flags[@]}" "${more[@]}" \
-        >>"$run.log" 2>&1
-    cp "$run/log.jsonl" "$RESULTS/$name.log.jsonl"
-    evaluate "$name" best --limit "$test_limit"
-    if same_epoch "$run"; then
-        sed 's/"checkpoint": "best"/"checkpoint": "last"/' "$RESULTS/$name.best.json" >"$RESULTS/$name.last.json"
-    else
-        evaluate "$name" last --limit "$test_limit" --checkpoint last
+    python3 l2l_adv.py train --method "$method" --out "$RUNS/$name" --resume "${flags[@]}" "${more[@]}" \
+        >>"$RUNS/$name.log" 2>&1
+    cp "$RUNS/$name/log.jsonl" "$RESULTS/$name.log.jsonl"
+}
+
+lender() {  # NAME: the run whose learned optimizer attacks it, so that all methods face the same attacks
+    case $1 in
+        trades-*) echo "$RUNS/rnn-$1" ;;
+        advtrain-bls-s0 | plain-s0) echo "$RUNS/rnn-adv-s0" ;;
+        advtrain-*) echo "$RUNS/rnn-adv-${1#advtrain-}" ;;
+        *) echo "$RUNS/$1" ;;
+    esac
+}
+
+attack() {  # NAME
+    evaluate "$1" best --limit "$test_limit" --lend "$(lender "$1")"
+    if [[ ! -e $RESULTS/$1.last.json ]] && same_epoch "$RUNS/$1"; then
+        sed 's/"checkpoint": "best"/"checkpoint": "last"/' "$RESULTS/$1.best.json" >"$RESULTS/$1.last.json"
     fi
+    evaluate "$1" last --limit "$test_limit" --lend "$(lender "$1")" --checkpoint last
 }
 
 cheap() {  # NAME: the cheap attacks on all test images, where the others see only some
-    local attacks=pgd-10
-    [[ $1 == rnn-* ]] && attacks=pgd-10,learned-10
-    evaluate "$1" all --attacks $attacks --limit "$cheap_limit"
+    evaluate "$1" all --attacks pgd-10,learned-10 --limit "$cheap_limit" --lend "$(lender "$1")"
 }
 
 autoattack() {  # NAME: for the first seed of the four main methods
@@ -84,7 +94,7 @@ if [[ ${2-} == --stage ]]; then  # xargs below calls this script again
 fi
 (($# > 1)) && names=("${@:2}")
 mkdir -p "$RUNS" "$RESULTS"
-for stage in train_and_attack ${cheap_limit:+cheap} autoattack; do
+for stage in train attack ${cheap_limit:+cheap} autoattack; do
     printf '%s\n' "${names[@]}" | xargs -P "$JOBS" -n 1 bash results/reproduce.sh "$dataset" --stage "$stage"
 done
 if (($# == 1)); then
