@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "learned-10", "worst"
+COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "learned-10", "autoattack", "worst"
 ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "rnn-trades-rnn", "rnn-trades"
 
 
@@ -36,7 +36,8 @@ def table(title, found, kind, factor, digits):
 
 
 def main(folder):
-    for what, checkpoint in (("best", "best checkpoint"), ("last", "last checkpoint"), ("all", "best checkpoint")):
+    for what, checkpoint in (("best", "best checkpoint"), ("last", "last checkpoint"), ("all", "best checkpoint"),
+                             ("autoattack", "best checkpoint")):
         if found := read(folder, what):
             images, = {run["images"] for runs in found.values() for run in runs}
             table(f"{checkpoint}, the first {images:,} test images, accuracy in %", found, "accuracy", 100, 2)
