@@ -45,6 +45,7 @@ sys.exit(a != b)' "$1"
 
 train() {  # NAME
     local name=$1 method=${1%-s*}
+    [[ -e $RESULTS/$name.best.json && -e $RESULTS/$name.last.json ]] && return
     local more=(--seed "${name##*-s}")
     case $method in
         *-rnn) method=${method%-rnn} more+=(--cell rnn) ;;
@@ -52,11 +53,8 @@ train() {  # NAME
     esac
     # PGD's step on MNIST: tuned, see results/mnist.md. A learned optimizer has none.
     [[ $dataset == mnist && ($method == advtrain || $method == trades) ]] && more+=(--step-size 0.15)
-    [[ -n ${EPOCHS-} ]] && more+=(--epochs "$EPOCHS")
-    [[ -n ${LIMIT-} ]] && more+=(--limit "$LIMIT")
-    [[ -e $RESULTS/$name.best.json && -e $RESULTS/$name.last.json ]] && return
     python3 l2l_adv.py train --method "$method" --out "$RUNS/$name" --resume "${flags[@]}" "${more[@]}" \
-        >>"$RUNS/$name.log" 2>&1
+        ${EPOCHS:+--epochs "$EPOCHS"} ${LIMIT:+--limit "$LIMIT"} >>"$RUNS/$name.log" 2>&1
     cp "$RUNS/$name/log.jsonl" "$RESULTS/$name.log.jsonl"
 }
 
@@ -70,11 +68,13 @@ lender() {  # NAME: the run whose learned optimizer attacks it, so that all meth
 }
 
 attack() {  # NAME
-    evaluate "$1" best --limit "$test_limit" --lend "$(lender "$1")"
-    if [[ ! -e $RESULTS/$1.last.json ]] && same_epoch "$RUNS/$1"; then
+    local with
+    with=$(lender "$1")
+    evaluate "$1" best --limit "$test_limit" --lend "$with"
+    if [[ ! -e $RESULTS/$1.last.json ]] && same_epoch "$RUNS/$1" && same_epoch "$with"; then  # the same weights of both
         sed 's/"checkpoint": "best"/"checkpoint": "last"/' "$RESULTS/$1.best.json" >"$RESULTS/$1.last.json"
     fi
-    evaluate "$1" last --limit "$test_limit" --lend "$(lender "$1")" --checkpoint last
+    evaluate "$1" last --limit "$test_limit" --lend "$with" --checkpoint last
 }
 
 cheap() {  # NAME: the cheap attacks on all test images, where the others see only some
