@@ -273,6 +273,7 @@ def size(text):
 
 
 def setting(default, kind, help, choices=None, zero=False, most=None):
+    """A field of Settings: its type, its line in `train --help` and what it may be: from 0 (`zero`) or above it, to `most`."""
     most = most or (10 ** 9 if kind is int else 1e30)
     return field(default=default, metadata=dict(kind=kind, help=help, choices=choices, zero=zero, most=most))
 
@@ -657,6 +658,7 @@ def reading(file):
 
 
 def read_checkpoint(file, device):
+    """The dictionary that `save` wrote. Raises whatever torch.load does; ValueError for a wrong checksum."""
     damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at the checksums that torch.save wrote
     if damaged:
         raise ValueError(f"wrong checksum of {damaged}")
@@ -728,11 +730,13 @@ def load_classifier(checkpoint):
 # ---- 5. The command line --------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
+    """argparse with one line for a mistake, without the usage before it."""
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def positive(text):
+def positive(text):  # argparse names these two in its message: "invalid positive value"
     if not 1 <= int(text) <= 10 ** 9:
         raise ValueError
     return int(text)

@@ -51,8 +51,6 @@ train() {  # NAME
         *-rnn) method=${method%-rnn} more+=(--cell rnn) ;;
         *-vgg16 | *-resnet18) more+=(--model "${method##*-}") method=${method%-*} ;;
     esac
-    # PGD's step on MNIST: tuned, see results/mnist.md. A learned optimizer has none.
-    [[ $dataset == mnist && ($method == advtrain || $method == trades) ]] && more+=(--step-size 0.15)
     python3 l2l_adv.py train --method "$method" --out "$RUNS/$name" --resume "${flags[@]}" "${more[@]}" \
         ${EPOCHS:+--epochs "$EPOCHS"} ${LIMIT:+--limit "$LIMIT"} >>"$RUNS/$name.log" 2>&1
     cp "$RUNS/$name/log.jsonl" "$RESULTS/$name.log.jsonl"
