@@ -1452,7 +1452,7 @@ case $2 in
 train) for out do case $last in --out) break ;; esac; last=$out; done
        case " $FAILS " in *" ${{out##*/}} "*) echo "out of memory" >&2; exit 1 ;; esac
        mkdir -p "$out"; touch "$out/log.jsonl" ;;
-eval) echo '{{"images": 5, "accuracy": {{"natural": 0.5, "worst": 0.25}}, "loss": {{"natural": 1.5}}}}' >"$3/eval.json" ;;
+eval) echo '{{"images": 5, "training_seed": 2, "accuracy": {{"natural": 0.5, "worst": 0.25}}, "loss": {{"natural": 1.5}}}}' >"$3/eval.json" ;;
 esac
 """
 
@@ -1479,9 +1479,9 @@ def test_reproduce_trains_and_attacks_each_run_once(tmp_path, monkeypatch):
                 for name in names}
     mnist = "--resume --dataset mnist --precision bf16"
     assert status == 0 and "| advtrain | 1 | 50.00 | 25.00 |" in table and asked == [
-        f"train --method advtrain --out R/advtrain-s2 {mnist} --seed 2 --step-size 0.15",
+        f"train --method advtrain --out R/advtrain-s2 {mnist} --seed 2",
         f"train --method rnn-adv --out R/rnn-adv-rnn-s0 {mnist} --seed 0 --cell rnn",
-        f"train --method trades --out R/trades-s0 {mnist} --seed 0 --step-size 0.15",
+        f"train --method trades --out R/trades-s0 {mnist} --seed 0",
         *sum(attacked.values(), []),
         *(f"eval R/{name} --attacks pgd-10,learned-10 --limit 10000 --lend R/{lenders[name]}" for name in names),
         "eval R/trades-s0 --attacks pgd-10 --autoattack --limit 500"]
@@ -1506,18 +1506,21 @@ def test_table_is_the_mean_and_the_standard_deviation_over_seeds(tmp_path, capsy
     accuracy = {"trades": [0.91, 0.93, 0.98], "rnn-adv": [0.5, 0.75], "plain": [0.25]}
     for method, values in accuracy.items():
         for seed, value in enumerate(values):
-            run = {"images": 2000, "accuracy": {"natural": 0.99, "worst": value}, "loss": {"natural": value / 2}}
+            run = {"images": 2000, "training_seed": seed, "accuracy": {"natural": 0.99, "worst": value},
+                   "loss": {"natural": value / 2} | ({"learned-10": 2.5, "pgd-100": 2.0 + value} if method == "rnn-adv" else {})}
             (tmp_path / f"{method}-s{seed}.best.json").write_text(json.dumps(run))
     table(tmp_path)
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["method", "seeds", "natural", "worst"] and rows[4] == ["method", "seeds", "natural"]
-    for row, loss, method in zip(rows[1:4], rows[5:], ("plain", "rnn-adv", "trades")):
+    assert rows[0] == ["method", "seeds", "natural", "worst"] and rows[4][:3] == ["method", "seeds", "natural"]
+    for row, loss, method in zip(rows[1:4], rows[5:8], ("plain", "rnn-adv", "trades"), strict=True):
         values = np.array(accuracy[method])
         spread = [f" ± {np.std(values, ddof=1) * scale:.{digits}f}" if len(values) > 1 else ""
                   for scale, digits in ((100, 2), (0.5, 4))]
         assert row[:2] == [method, str(len(values))] and row[3] == f"{100 * values.mean():.2f}{spread[0]}"
-        assert loss == [method, str(len(values)), f"{values.mean() / 2:.4f}{spread[1]}"]
+        assert loss[:3] == [method, str(len(values)), f"{values.mean() / 2:.4f}{spread[1]}"]
+    assert rows[8:] == [["method", "0", "1", "2"], ["plain", "25.00", "-", "-"], ["rnn-adv", "50.00, +0.0000", "75.00, -0.2500", "-"],
+                        ["trades", "91.00", "93.00", "98.00"]]
     assert "first 2,000 test images" in printed
 
 

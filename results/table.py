@@ -35,6 +35,19 @@ def table(title, found, kind, factor, digits):
         print(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
 
 
+def by_seed(found):
+    """Print the same seed by seed: the worst case, and by how much the learned optimizer's loss is above PGD-100's."""
+    seeds = sorted({run["training_seed"] for runs in found.values() for run in runs})
+    print(f"\nworst, and learned-10's loss less pgd-100's, by training seed\n\n| method | {' | '.join(map(str, seeds))} |")
+    print(f"|{'---|' * (len(seeds) + 1)}")
+    for method, runs in found.items():
+        cells = {run["training_seed"]: f"{100 * run['accuracy']['worst']:.2f}" for run in runs}
+        for run in runs:
+            if {"learned-10", "pgd-100"} <= run["loss"].keys():
+                cells[run["training_seed"]] += f", {run['loss']['learned-10'] - run['loss']['pgd-100']:+.4f}"
+        print(f"| {method} | {' | '.join(cells.get(seed, '-') for seed in seeds)} |")
+
+
 def main(folder):
     for what, checkpoint in (("best", "best checkpoint"), ("last", "last checkpoint"), ("all", "best checkpoint"),
                              ("autoattack", "best checkpoint")):
@@ -43,6 +56,7 @@ def main(folder):
             table(f"{checkpoint}, the first {images:,} test images, accuracy in %", found, "accuracy", 100, 2)
             if what == "best":
                 table("the same, mean cross-entropy that the attack reached", found, "loss", 1, 4)
+                by_seed(found)
 
 
 if __name__ == "__main__":
