@@ -1499,6 +1499,11 @@ def test_reproduce_trains_and_attacks_each_run_once(tmp_path, monkeypatch):
     assert [line for line in run("cifar10", *names)[3] if line.startswith("eval")] == [
         f"eval R/{name} --limit 10000 --lend R/{lender}{last}" for name, lender in zip(names, ("rnn-trades-resnet18-s1", names[1]))
         for last in ("", " --checkpoint last")]
+    mains = " ".join(f"R/{method}-vgg16-s0" for method in ("advtrain", "rnn-adv", "trades", "rnn-trades"))
+    status, _, _, asked = run("cifar10")
+    assert status == 0 and len([line for line in asked if line.startswith("train")]) == 9  # one of the ten is done
+    assert asked[-2:] == ["bench --model vgg16 --batch-size 128 --json",
+                          f"results/analyse.py {mains} --limit 1000 --json {tmp_path / 'numbers'}/analyses.json"]
     assert run("svhn")[0] == 2
 
 

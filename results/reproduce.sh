@@ -20,13 +20,14 @@ if [[ $dataset == mnist ]]; then
     export OMP_NUM_THREADS=1
     test_limit=${TEST_LIMIT:-2000} cheap_limit=${TEST_LIMIT:-10000} autoattack_limit=${TEST_LIMIT:-500}
     flags=(--dataset mnist --precision bf16)
-    names=({advtrain,rnn-adv,trades,rnn-trades}-s0 {advtrain,rnn-adv,trades,rnn-trades}-s1
+    main=({advtrain,rnn-adv,trades,rnn-trades}-s0)
+    names=("${main[@]}" {advtrain,rnn-adv,trades,rnn-trades}-s1
         {advtrain,rnn-adv,trades,rnn-trades}-s2 rnn-adv-rnn-s{0,1,2} plain-s0 advtrain-bls-s0 rnn-trades-rnn-s0)
 else
     test_limit=${TEST_LIMIT:-10000} cheap_limit='' autoattack_limit=${TEST_LIMIT:-1000}
     flags=(--dataset cifar10)
-    names=({advtrain,rnn-adv,trades,rnn-trades}-vgg16-s0 {trades,rnn-trades}-resnet18-s0
-        {advtrain,rnn-adv,trades,rnn-trades}-vgg16-s1)
+    main=({advtrain,rnn-adv,trades,rnn-trades}-vgg16-s0)
+    names=("${main[@]}" {trades,rnn-trades}-resnet18-s0 {advtrain,rnn-adv,trades,rnn-trades}-vgg16-s1)
 fi
 
 evaluate() {  # NAME WHAT ARGUMENTS: the numbers of `eval`, into NAME.WHAT.json
@@ -96,9 +97,13 @@ for stage in train attack ${cheap_limit:+cheap} autoattack; do
     printf '%s\n' "${names[@]}" | xargs -P "$JOBS" -n 1 bash results/reproduce.sh "$dataset" --stage "$stage"
 done
 if (($# == 1)); then
-    [[ $dataset == mnist ]] || python3 l2l_adv.py bench --model vgg16 --batch-size 128 --json >"$RESULTS/bench.json"
+    if [[ $dataset == cifar10 && ! -e $RESULTS/bench.json ]]; then
+        python3 l2l_adv.py bench --model vgg16 --batch-size 128 --json >"$RESULTS/bench.json.tmp"
+        mv "$RESULTS/bench.json.tmp" "$RESULTS/bench.json"
+    fi
     figures=$(python3 -c 'import matplotlib; print("yes")' 2>/dev/null) || true
-    python3 results/analyse.py "$RUNS"/*-s0 --limit 500 --json "$RESULTS/analyses.json" ${figures:+--figures "$RESULTS"} \
-        >"$RUNS/analyse.log"
+    [[ -e $RESULTS/analyses.json ]] ||
+        python3 results/analyse.py "${main[@]/#/$RUNS/}" --limit "$autoattack_limit" --json "$RESULTS/analyses.json" \
+            ${figures:+--figures "$RESULTS"} >"$RUNS/analyse.log"
 fi
 python3 results/table.py "$RESULTS"
