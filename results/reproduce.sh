@@ -3,7 +3,7 @@
 # results/mnist/ or results/cifar10/, one JSON file each. Stopped and started again it goes on where it was; what has its
 # file already is skipped, so remove the file to make it anew.
 #
-#   MNIST_DIR=data/mnist bash results/reproduce.sh mnist                  everything: some ten hours on two cores
+#   MNIST_DIR=data/mnist bash results/reproduce.sh mnist                  everything: some five hours on two cores
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist advtrain-s0 rnn-adv-s0    some runs: METHOD-sSEED, METHOD-rnn-sSEED
 #                                                                         with the small cell; by hand takes its rnn- twin too
 #   CIFAR10_DIR=data/cifar-10-batches-bin bash results/reproduce.sh cifar10       on a GPU; METHOD-MODEL-sSEED
