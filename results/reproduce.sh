@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Makes the numbers of results/mnist.md and results/cifar10.md: trains every run, attacks it, and leaves the raw numbers in
-# results/mnist/ or results/cifar10/, one JSON file each. Stopped and started again it goes on where it was; what has its
-# file already is skipped, so remove the file to make it anew.
+# Makes the tables of results/mnist.md and results/cifar10.md: trains every run, attacks it, and leaves the raw numbers in
+# runs/mnist/numbers or runs/cifar10/numbers, one JSON file each. Stopped and started again it goes on where it was; what has
+# its file already is skipped, so remove the file to make it anew. What we saw is in results/mnist/ and is not touched.
 #
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist                  everything: some five hours on two cores
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist advtrain-s0 rnn-adv-s0    some runs: METHOD-sSEED, METHOD-rnn-sSEED
-#                                                                         with the small cell; by hand takes its rnn- twin too
+#                                                                         with the small cell; one trained by hand needs its rnn- twin
 #   CIFAR10_DIR=data/cifar-10-batches-bin bash results/reproduce.sh cifar10       on a GPU; METHOD-MODEL-sSEED
-#   python3 results/table.py results/mnist                                the table of what is there
+#   python3 results/table.py runs/mnist/numbers                           the table of what is there
 #
 # Environment: JOBS at once (default 2); RUNS, the folder of the checkpoints and logs (default runs/DATASET); RESULTS, that of
-# the numbers (default results/DATASET); for a rehearsal EPOCHS, LIMIT, TEST_LIMIT (default the real thing).
+# the numbers (default RUNS/numbers); for a rehearsal EPOCHS, LIMIT, TEST_LIMIT (default the real thing).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ ${1-} == mnist || ${1-} == cifar10 ]] || { echo "reproduce.sh: say mnist or cifar10, see the top of this file" >&2; exit 2; }
 dataset=$1
-export RUNS=${RUNS:-runs/$dataset} RESULTS=${RESULTS:-results/$dataset} JOBS=${JOBS:-2}
+export RUNS=${RUNS:-runs/$dataset} JOBS=${JOBS:-2}
+export RESULTS=${RESULTS:-$RUNS/numbers}
 if [[ $dataset == mnist ]]; then
     export OMP_NUM_THREADS=1
     test_limit=${TEST_LIMIT:-2000} cheap_limit=${TEST_LIMIT:-10000} autoattack_limit=${TEST_LIMIT:-500}
@@ -57,10 +58,11 @@ train() {  # NAME
     cp "$RUNS/$name/log.jsonl" "$RESULTS/$name.log.jsonl"
 }
 
-lender() {  # NAME: the run whose learned optimizer attacks it, so that all methods face the same attacks
+lender() {  # NAME: the run whose learned optimizer attacks it, so that it faces the same attacks as its twin
     case $1 in
         trades-*) echo "$RUNS/rnn-$1" ;;
-        advtrain-bls-s0 | plain-s0) echo "$RUNS/rnn-adv-s0" ;;
+        plain-*) echo "$RUNS/rnn-adv-${1#plain-}" ;;
+        advtrain-bls-*) echo "$RUNS/rnn-adv-${1#advtrain-bls-}" ;;
         advtrain-*) echo "$RUNS/rnn-adv-${1#advtrain-}" ;;
         *) echo "$RUNS/$1" ;;
     esac
