@@ -1517,13 +1517,14 @@ def test_table_is_the_mean_and_the_standard_deviation_over_seeds(tmp_path, capsy
     table(tmp_path)
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["method", "seeds", "natural", "worst"] and rows[4][:3] == ["method", "seeds", "natural"]
+    assert rows[0] == ["method", "seeds", "natural", "worst"] and rows[4] == ["method", "seeds", "natural", "pgd-100", "learned-10"]
     for row, loss, method in zip(rows[1:4], rows[5:8], ("plain", "rnn-adv", "trades"), strict=True):
         values = np.array(accuracy[method])
         spread = [f" ± {np.std(values, ddof=1) * scale:.{digits}f}" if len(values) > 1 else ""
                   for scale, digits in ((100, 2), (0.5, 4))]
         assert row[:2] == [method, str(len(values))] and row[3] == f"{100 * values.mean():.2f}{spread[0]}"
-        assert loss[:3] == [method, str(len(values)), f"{values.mean() / 2:.4f}{spread[1]}"]
+        more = ["2.6250 ± 0.1768", "2.5000 ± 0.0000"] if method == "rnn-adv" else ["-", "-"]
+        assert loss == [method, str(len(values)), f"{values.mean() / 2:.4f}{spread[1]}", *more]
     assert rows[8:] == [["method", "0", "1", "2"], ["plain", "25.00", "-", "-"], ["rnn-adv", "50.00, +0.0000", "75.00, -0.2500", "-"],
                         ["trades", "91.00", "93.00", "98.00"]]
     assert "first 2,000 test images" in printed

@@ -39,10 +39,10 @@ evaluate() {  # NAME WHAT ARGUMENTS: the numbers of `eval`, into NAME.WHAT.json
     echo "$json"
 }
 
-same_epoch() {  # RUN: whether its best checkpoint is the last epoch's
+same_epoch() {  # RUN RUN: whether the best checkpoint of both is their last epoch's
     python3 -c 'import sys, torch
-a, b = (torch.load(f"{sys.argv[1]}/{which}.pt")["held_out"]["epoch"] for which in ("best", "last"))
-sys.exit(a != b)' "$1"
+best, last = ([torch.load(f"{run}/{which}.pt")["held_out"]["epoch"] for run in sys.argv[1:]] for which in ("best", "last"))
+sys.exit(best != last)' "$@"
 }
 
 train() {  # NAME
@@ -72,7 +72,7 @@ attack() {  # NAME
     local with
     with=$(lender "$1")
     evaluate "$1" best --limit "$test_limit" --lend "$with"
-    if [[ ! -e $RESULTS/$1.last.json ]] && same_epoch "$RUNS/$1" && same_epoch "$with"; then  # the same weights of both
+    if [[ ! -e $RESULTS/$1.last.json ]] && same_epoch "$RUNS/$1" "$with"; then  # the same weights of both
         sed 's/"checkpoint": "best"/"checkpoint": "last"/' "$RESULTS/$1.best.json" >"$RESULTS/$1.last.json"
     fi
     evaluate "$1" last --limit "$test_limit" --lend "$with" --checkpoint last

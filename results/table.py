@@ -41,10 +41,11 @@ def by_seed(found):
     print(f"\nworst, and learned-10's loss less pgd-100's, by training seed\n\n| method | {' | '.join(map(str, seeds))} |")
     print(f"|{'---|' * (len(seeds) + 1)}")
     for method, runs in found.items():
-        cells = {run["training_seed"]: f"{100 * run['accuracy']['worst']:.2f}" for run in runs}
+        cells = {}
         for run in runs:
-            if {"learned-10", "pgd-100"} <= run["loss"].keys():
-                cells[run["training_seed"]] += f", {run['loss']['learned-10'] - run['loss']['pgd-100']:+.4f}"
+            loss = run["loss"]
+            gap = f", {loss['learned-10'] - loss['pgd-100']:+.4f}" if {"learned-10", "pgd-100"} <= loss.keys() else ""
+            cells[run["training_seed"]] = f"{100 * run['accuracy']['worst']:.2f}{gap}"
         print(f"| {method} | {' | '.join(cells.get(seed, '-') for seed in seeds)} |")
 
 
