@@ -288,9 +288,12 @@ def test_the_worst_of_several_attacks_leaves_what_survives_all():
 def test_named_attacks_are_the_ones_they_name():
     model, x, y = problem(dtype=torch.float32)
     optimizer, by_hand = big_steps("lstm").float(), dict(eps=0.1, step_size=0.025)
+    sharp = big_steps("lstm").float()
+    sharp.load_state_dict({**optimizer.state_dict(), "W_out": 10 * optimizer.W_out.detach()})
     for name, expected in (("pgd-3", lambda start: pgd(model, x, y, **by_hand, steps=3, start=start)),
                            ("cw-12", lambda start: cw_linf(model, x, y, **by_hand, steps=12, start=start)),
-                           ("learned-5", lambda start: learned_attack(model, optimizer, x, y, eps=0.1, steps=5, start=start))):
+                           ("learned-5", lambda start: learned_attack(model, optimizer, x, y, eps=0.1, steps=5, start=start)),
+                           ("sharp-5", lambda start: learned_attack(model, sharp, x, y, eps=0.1, steps=5, start=start))):
         torch.manual_seed(0)
         once = named_attack(name, 0.1, optimizer)(model, x, y)
         torch.manual_seed(0)
@@ -1322,6 +1325,7 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("flags, words", [
     (["--attacks", "fgsm"], "unknown attack 'fgsm'"), (["--attacks", "pgd-0"], "unknown attack 'pgd-0'"),
     (["--attacks", "pgd-10,"], "unknown attack ''"), (["--attacks", "learned-10"], "no run here has a learned optimizer"),
+    (["--attacks", "sharp-10"], "no run here has a learned optimizer"),
     (["--restarts", "0"], "--restarts"), (["--batch-size", "0"], "--batch-size"), (["--limit", "many"], "--limit"),
     (["--seed", "9" * 30], "--seed"), (["--seed", "-1"], "--seed"), (["--limit", "9" * 30], "--limit"), (["--limit", ""], "--limit"),
     (["--batch-size", "9" * 30], "--batch-size"), (["--eps", "nan"], "eps must"), (["--attacks", ""], "unknown attack ''"),
@@ -1483,6 +1487,7 @@ def test_reproduce_trains_and_attacks_each_run_once(tmp_path, monkeypatch):
         f"train --method rnn-adv --out R/rnn-adv-rnn-s0 {mnist} --seed 0 --cell rnn",
         f"train --method trades --out R/trades-s0 {mnist} --seed 0",
         *sum(attacked.values(), []),
+        *(f"eval R/{name} --attacks learned-10,sharp-10 --limit 2000 --lend R/{lenders[name]}" for name in names),
         *(f"eval R/{name} --attacks pgd-10,learned-10 --limit 10000 --lend R/{lenders[name]}" for name in names),
         "eval R/trades-s0 --attacks pgd-10 --autoattack --limit 500"]
     assert run("mnist", *names)[3] == []  # nothing is done twice
@@ -1496,9 +1501,10 @@ def test_reproduce_trains_and_attacks_each_run_once(tmp_path, monkeypatch):
         "train --method rnn-adv --out R/rnn-adv-vgg16-s1 --resume --dataset cifar10 --seed 1 --model vgg16"]
     monkeypatch.setenv("FAILS", "")
     names = "trades-resnet18-s1", "rnn-adv-vgg16-s1"
+    lenders = dict(zip(names, ("rnn-trades-resnet18-s1", names[1])))
     assert [line for line in run("cifar10", *names)[3] if line.startswith("eval")] == [
-        f"eval R/{name} --limit 10000 --lend R/{lender}{last}" for name, lender in zip(names, ("rnn-trades-resnet18-s1", names[1]))
-        for last in ("", " --checkpoint last")]
+        *(f"eval R/{name} --limit 10000 --lend R/{lenders[name]}{last}" for name in names for last in ("", " --checkpoint last")),
+        *(f"eval R/{name} --attacks learned-10,sharp-10 --limit 10000 --lend R/{lenders[name]}" for name in names)]
     mains = " ".join(f"R/{method}-vgg16-s0" for method in ("advtrain", "rnn-adv", "trades", "rnn-trades"))
     status, _, _, asked = run("cifar10")
     assert status == 0 and len([line for line in asked if line.startswith("train")]) == 9  # one of the ten is done
@@ -1514,6 +1520,8 @@ def test_table_is_the_mean_and_the_standard_deviation_over_seeds(tmp_path, capsy
             run = {"images": 2000, "training_seed": seed, "accuracy": {"natural": 0.99, "worst": value},
                    "loss": {"natural": value / 2} | ({"learned-10": 2.5, "pgd-100": 2.0 + value} if method == "rnn-adv" else {})}
             (tmp_path / f"{method}-s{seed}.best.json").write_text(json.dumps(run))
+    sharp = {"images": 2000, "training_seed": 1, "accuracy": {"sharp-10": 0.5}, "loss": {"learned-10": 7.0, "sharp-10": 3.5}}
+    (tmp_path / "rnn-adv-s1.sharp.json").write_text(json.dumps(sharp))
     table(tmp_path)
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
@@ -1525,8 +1533,10 @@ def test_table_is_the_mean_and_the_standard_deviation_over_seeds(tmp_path, capsy
         assert row[:2] == [method, str(len(values))] and row[3] == f"{100 * values.mean():.2f}{spread[0]}"
         more = ["2.6250 ± 0.1768", "2.5000 ± 0.0000"] if method == "rnn-adv" else ["-", "-"]
         assert loss == [method, str(len(values)), f"{values.mean() / 2:.4f}{spread[1]}", *more]
-    assert rows[8:] == [["method", "0", "1", "2"], ["plain", "25.00", "-", "-"], ["rnn-adv", "50.00, +0.0000", "75.00, -0.2500", "-"],
-                        ["trades", "91.00", "93.00", "98.00"]]
+    assert rows[8:] == [["method", "0", "1", "2"], ["plain", "25.00", "-", "-"],
+                        ["rnn-adv", "50.00, +0.0000", "75.00, -0.2500, +0.7500", "-"], ["trades", "91.00", "93.00", "98.00"],
+                        ["method", "seeds", "sharp-10"], ["rnn-adv", "1", "50.00"],
+                        ["method", "seeds", "learned-10", "sharp-10"], ["rnn-adv", "1", "7.0000", "3.5000"]]
     assert "first 2,000 test images" in printed
 
 
@@ -1812,16 +1822,19 @@ def run_of(model, optimizer=None, label="a", objective=AdvTrain()):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", ["pgd eps/4", "line search", "learned"])
+@pytest.mark.parametrize("name", ["pgd eps/4", "line search", "learned", "sharp"])
 def test_analyse_follows_the_attacks_of_the_modules(name, objective):
     model, x, y = problem(batch=6, batch_norm=True)
     model.train()
-    optimizer = big_steps("lstm")
+    optimizer, sharp = big_steps("lstm"), big_steps("lstm")
+    with torch.no_grad():
+        sharp.W_out.mul_(10)
     attack = {
         "pgd eps/4": lambda x, y: pgd(model, x, y, eps=0.2, step_size=0.05, steps=10, objective=objective),
         "line search": lambda x, y: pgd(model, x, y, eps=0.2, step_size=0.2, steps=10, objective=objective,
                                         line_search=True),
-        "learned": lambda x, y: learned_attack(model, optimizer, x, y, eps=0.2, steps=10, objective=objective)}[name]
+        "learned": lambda x, y: learned_attack(model, optimizer, x, y, eps=0.2, steps=10, objective=objective),
+        "sharp": lambda x, y: learned_attack(model, sharp, x, y, eps=0.2, steps=10, objective=objective)}[name]
     run, images = run_of(model, optimizer, objective=objective), analyse.Images(x, y, 0.2, seed=3, batch_size=4)
     rule = analyse.maximisers(run, ["step"])[name][0]
     losses, accuracy = analyse.climb(run, images, rule, 10)
@@ -1914,7 +1927,7 @@ def test_analyse_verdict_is_about_the_best_of_the_others(ours, claim):
         return losses
 
     result = analyse.verdict({"pgd eps/8": path((1, 1), (2, 2)), "pgd eps/4": path((1.1, 1.1), (1.9, 1.9)),
-                              "momentum eps": path((1.5, 1.4)), "learned": path(ours, (9, 9))})
+                              "momentum eps": path((1.5, 1.4)), "learned": path(ours, (9, 9)), "sharp": path((8, 8))})
     assert result["claim"].startswith(claim)
     assert (result["after 10"]["best"], result["after 100"]["best"]) == ("momentum eps", "pgd eps/8")
     gains = np.array(ours) - (1.5, 1.4)
@@ -1943,8 +1956,8 @@ def test_analyse_prints_its_tables_and_one_json_file(two_runs, monkeypatch, caps
     assert [len(result[name]) for name in analyse.ANALYSES] == [2, 1, 3, 1]
     step, table = result["step"]["rnn-trades"], captured.out.split("(a)")[1].splitlines()
     assert step["loss"].startswith("KL") and result["step"]["advtrain"]["loss"] == "cross-entropy"
-    assert list(step["by step"]) == [line[:14].strip() for line in table[3:12]] and len(table[3].split()) == 2 + 12
-    assert [line.split()[-2].endswith("*") for line in table[3:12]].count(True) == 1
+    assert list(step["by step"]) == [line[:14].strip() for line in table[3:13]] and len(table[3].split()) == 2 + 12
+    assert [line.split()[-2].endswith("*") for line in table[3:13]].count(True) == 1
     assert result["longer"]["rnn-trades"]["learned"]["loss"][0] == step["by step"]["learned"][10]
     assert analyse.main([*two_runs, "--only", "longer"]) is None
     assert capsys.readouterr().out.count("(") == 1 + 0 and Path("all.json").exists()

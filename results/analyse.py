@@ -4,7 +4,8 @@
     python results/analyse.py runs/rnn-adv --only step,behaviour        # some of them
     python results/analyse.py runs/* --json analyses.json --figures figures
 
-(a) step       the inner loss after every step: PGD, its variants and the learned optimizer, on each run's classifier
+(a) step       the inner loss after every step: PGD, its variants and the learned optimizer (also sharp: W_out times 10),
+               on each run's classifier
 (b) longer     the learned optimizer run for more steps than the T = 10 it was trained for
 (c) transfer   attacks made on one run's classifier, tested on another's
 (d) behaviour  how long the learned steps are, how often they follow sign(g), how much of x' lies on the boundary
@@ -26,7 +27,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import (AdvTrain, InputError, Trades, backtrack, eval_mode, evaluate, input_gradient, load_dataset, pgd,
                        project, start_point, to_unit)
-from l2l_adv import Parser, as_program, learned_attack, make_objective, pick_device, positive, seed, write_whole
+from l2l_adv import (LEARNED, Parser, as_program, learned_attack, make_objective, pick_device, positive, seed, sharpened,
+                     write_whole)
 from results import figures
 from results.evaluate import load_runs
 
@@ -142,7 +144,7 @@ def maximisers(run, only):
     rules["line search"] = line_search, T
     rules |= {f"momentum {name}": (momentum(share), T) for name, share in {**STEP_SIZES, "eps": 1}.items()}
     if run.optimizer is not None:
-        rules["learned"] = learned(run.optimizer), LONGER[-1]
+        rules |= {"learned": (learned(run.optimizer), LONGER[-1]), "sharp": (learned(sharpened(run.optimizer)), T)}
     if "step" not in only:
         both = ("pgd eps/4", "learned") if "longer" in only and run.optimizer is not None else ()
         rules = {name: rules[name] for name in both}
@@ -161,10 +163,11 @@ def step(run, climbs):
 
 def verdict(losses):
     """The paper's claim on one run: T learned steps reach a higher loss than T of any attack by hand, and than 100 of
-    PGD's. Losses are compared image by image, which gives the standard error of the mean difference."""
+    PGD's. `sharp` is counted on neither side. Losses are compared image by image, which gives the standard error of the
+    mean difference."""
     ours = losses["learned"][T]  # (N,)
     result = {"claim": "holds", "learned": ours.mean()}
-    rivals = {"after 10": {name: each[T] for name, each in losses.items() if name != "learned"},
+    rivals = {"after 10": {name: each[T] for name, each in losses.items() if name not in LEARNED},
               "after 100": {name: each[-1] for name, each in losses.items() if name.startswith("pgd")}}
     for when, rival in rivals.items():
         best = max(rival, key=lambda name: rival[name].mean())

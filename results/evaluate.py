@@ -7,8 +7,8 @@ import torch
 
 from baselines import (AdvTrain, InputError, check_budget, eval_mode, evaluate, input_gradient, load_dataset, outcome, pgd,
                        start_point, to_unit)
-from l2l_adv import (LearnedOptimizer, Parser, Settings, as_program, load_run, named_attack, pick_device, positive, seed, size,
-                     write_whole)
+from l2l_adv import (LEARNED, LearnedOptimizer, Parser, Settings, as_program, load_run, named_attack, pick_device, positive,
+                     seed, size, write_whole)
 
 STANDARD_ATTACKS = "pgd-10", "pgd-100", "cw-100", "learned-10"  # the paper's
 
@@ -76,7 +76,7 @@ def evaluate_runs(args):
     names = list(dict.fromkeys(args.attacks or STANDARD_ATTACKS))
     for name in names:
         named_attack(name, eps)
-        if args.attacks and name.startswith("learned") and all(run.optimizer is None for run in runs):
+        if args.attacks and name.startswith(LEARNED) and all(run.optimizer is None for run in runs):
             raise InputError(f"no run here has a learned optimizer, so no {name}: --lend that of an rnn- run, or leave it out")
     package = {"autoattack": autoattack(eps, args.seed)} if args.autoattack else {}
     data = load_dataset(settings.dataset, args.data_dir or settings.data_dir)
@@ -93,7 +93,7 @@ def evaluate_runs(args):
     print(f"{heading}; accuracy in %, below it the mean cross-entropy\n{'run':{width}}{'model':9}" + row(columns))
     for run in runs:
         attacks = {name: named_attack(name, eps, run.optimizer, args.restarts) for name in names
-                   if run.optimizer is not None or not name.startswith("learned")} | package
+                   if run.optimizer is not None or not name.startswith(LEARNED)} | package
         torch.manual_seed(args.seed)
         accuracy, loss = evaluate(run.model, x, y, attacks, args.batch_size, args.worst_only, run.label, losses=True)
         print(f"{run.label:{width}}{run.settings.model:9}"
@@ -183,7 +183,7 @@ def main(argv):
     parser.add_argument("--batch-size", type=positive, default=256)
     parser.add_argument("--eps", type=size, help="default: the one trained with")
     parser.add_argument("--attacks", type=lambda text: text.split(","), metavar="NAME,NAME",
-                        help=f"pgd-N, cw-N, learned-N with N steps; default {','.join(STANDARD_ATTACKS)}")
+                        help=f"pgd-N, cw-N, learned-N, sharp-N with N steps; default {','.join(STANDARD_ATTACKS)}")
     parser.add_argument("--restarts", type=positive, default=1, help="of each attack; an image must survive them all")
     parser.add_argument("--autoattack", action="store_true", help="a further column, by the torchattacks package")
     parser.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")

@@ -11,7 +11,7 @@ except ImportError:
     plt = None
 
 STYLES = {"pgd eps/8": "C0:", "pgd eps/4": "C0-", "pgd eps/2": "C0--", "line search": "C2-s", "momentum eps/8": "C1:x",
-          "momentum eps/4": "C1-x", "momentum eps/2": "C1--x", "momentum eps": "C1-.x", "learned": "k-o"}
+          "momentum eps/4": "C1-x", "momentum eps/2": "C1--x", "momentum eps": "C1-.x", "learned": "k-o", "sharp": "k--^"}
 
 
 def panels(rows, columns, width=3.3, height=3.4):

@@ -22,8 +22,8 @@ if [[ $dataset == mnist ]]; then
     test_limit=${TEST_LIMIT:-2000} cheap_limit=${TEST_LIMIT:-10000} autoattack_limit=${TEST_LIMIT:-500}
     flags=(--dataset mnist --precision bf16)
     main=({advtrain,rnn-adv,trades,rnn-trades}-s0)
-    names=("${main[@]}" {advtrain,rnn-adv,trades,rnn-trades}-s1
-        {advtrain,rnn-adv,trades,rnn-trades}-s2 rnn-adv-rnn-s{0,1,2} plain-s0 advtrain-bls-s0 rnn-trades-rnn-s0)
+    names=("${main[@]}" {advtrain,rnn-adv,trades,rnn-trades}-s1 {advtrain,rnn-adv,trades,rnn-trades}-s2
+        rnn-adv-rnn-s{0,1,2} plain-s0 advtrain-bls-s0 rnn-trades-rnn-s0 {trades,rnn-trades}-s{3,4})
 else
     test_limit=${TEST_LIMIT:-10000} cheap_limit='' autoattack_limit=${TEST_LIMIT:-1000}
     flags=(--dataset cifar10)
@@ -78,6 +78,10 @@ attack() {  # NAME
     evaluate "$1" last --limit "$test_limit" --lend "$with" --checkpoint last
 }
 
+sharp() {  # NAME: the learned optimizer as it was trained, and sharpened
+    evaluate "$1" sharp --attacks learned-10,sharp-10 --limit "$test_limit" --lend "$(lender "$1")"
+}
+
 cheap() {  # NAME: the cheap attacks on all test images, where the others see only some
     evaluate "$1" all --attacks pgd-10,learned-10 --limit "$cheap_limit" --lend "$(lender "$1")"
 }
@@ -95,7 +99,7 @@ if [[ ${2-} == --stage ]]; then  # xargs below calls this script again
 fi
 (($# > 1)) && names=("${@:2}")
 mkdir -p "$RUNS" "$RESULTS"
-for stage in train attack ${cheap_limit:+cheap} autoattack; do
+for stage in train attack sharp ${cheap_limit:+cheap} autoattack; do
     printf '%s\n' "${names[@]}" | xargs -P "$JOBS" -n 1 bash results/reproduce.sh "$dataset" --stage "$stage"
 done
 if (($# == 1)); then

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "learned-10", "autoattack", "worst"
+COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "learned-10", "sharp-10", "autoattack", "worst"
 ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "rnn-trades-rnn", "rnn-trades"
 
 
@@ -35,29 +35,32 @@ def table(title, found, kind, factor, digits):
         print(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
 
 
-def by_seed(found):
-    """Print the same seed by seed: the worst case, and by how much the learned optimizer's loss is above PGD-100's."""
+def by_seed(found, sharp):
+    """Print the same seed by seed: the worst case, and by how much the learned optimizer's loss is above PGD-100's, as it
+    was trained and, from the files `sharp`, sharpened."""
+    sharp_loss = {(method, run["training_seed"]): run["loss"] for method, runs in sharp.items() for run in runs}
     seeds = sorted({run["training_seed"] for runs in found.values() for run in runs})
-    print(f"\nworst, and learned-10's loss less pgd-100's, by training seed\n\n| method | {' | '.join(map(str, seeds))} |")
-    print(f"|{'---|' * (len(seeds) + 1)}")
+    print("\nworst, and the loss of learned-10 and of sharp-10 less that of pgd-100, by training seed\n")
+    print(f"| method | {' | '.join(map(str, seeds))} |\n|{'---|' * (len(seeds) + 1)}")
     for method, runs in found.items():
         cells = {}
         for run in runs:
-            loss = run["loss"]
-            gap = f", {loss['learned-10'] - loss['pgd-100']:+.4f}" if {"learned-10", "pgd-100"} <= loss.keys() else ""
-            cells[run["training_seed"]] = f"{100 * run['accuracy']['worst']:.2f}{gap}"
+            loss = {**sharp_loss.get((method, run["training_seed"]), {}), **run["loss"]}
+            gaps = [f"{loss[name] - loss['pgd-100']:+.4f}" for name in ("learned-10", "sharp-10") if {name, "pgd-100"} <= {*loss}]
+            cells[run["training_seed"]] = ", ".join([f"{100 * run['accuracy']['worst']:.2f}", *gaps])
         print(f"| {method} | {' | '.join(cells.get(seed, '-') for seed in seeds)} |")
 
 
 def main(folder):
-    for what, checkpoint in (("best", "best checkpoint"), ("last", "last checkpoint"), ("all", "best checkpoint"),
-                             ("autoattack", "best checkpoint")):
+    for what, checkpoint in (("best", "best checkpoint"), ("last", "last checkpoint"), ("sharp", "best checkpoint"),
+                             ("all", "best checkpoint"), ("autoattack", "best checkpoint")):
         if found := read(folder, what):
             images, = {run["images"] for runs in found.values() for run in runs}
             table(f"{checkpoint}, the first {images:,} test images, accuracy in %", found, "accuracy", 100, 2)
-            if what == "best":
+            if what in ("best", "sharp"):
                 table("the same, mean cross-entropy that the attack reached", found, "loss", 1, 4)
-                by_seed(found)
+            if what == "best":
+                by_seed(found, read(folder, "sharp"))
 
 
 if __name__ == "__main__":
