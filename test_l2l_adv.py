@@ -1520,7 +1520,7 @@ def test_table_is_the_mean_and_the_standard_deviation_over_seeds(tmp_path, capsy
             run = {"images": 2000, "training_seed": seed, "accuracy": {"natural": 0.99, "worst": value},
                    "loss": {"natural": value / 2} | ({"learned-10": 2.5, "pgd-100": 2.0 + value} if method == "rnn-adv" else {})}
             (tmp_path / f"{method}-s{seed}.best.json").write_text(json.dumps(run))
-    sharp = {"images": 2000, "training_seed": 1, "accuracy": {"sharp-10": 0.5}, "loss": {"learned-10": 7.0, "sharp-10": 3.5}}
+    sharp = {"images": 2000, "training_seed": 1, "accuracy": {"sharp-10": 0.5, "worst": 0.25}, "loss": {"learned-10": 7.0, "sharp-10": 3.5}}
     (tmp_path / "rnn-adv-s1.sharp.json").write_text(json.dumps(sharp))
     table(tmp_path)
     printed = capsys.readouterr().out
@@ -1535,9 +1535,14 @@ def test_table_is_the_mean_and_the_standard_deviation_over_seeds(tmp_path, capsy
         assert loss == [method, str(len(values)), f"{values.mean() / 2:.4f}{spread[1]}", *more]
     assert rows[8:] == [["method", "0", "1", "2"], ["plain", "25.00", "-", "-"],
                         ["rnn-adv", "50.00, +0.0000", "75.00, -0.2500, +0.7500", "-"], ["trades", "91.00", "93.00", "98.00"],
-                        ["method", "seeds", "sharp-10"], ["rnn-adv", "1", "50.00"],
+                        ["method", "seeds", "sharp-10", "worst"], ["rnn-adv", "1", "50.00", "25.00"],
                         ["method", "seeds", "learned-10", "sharp-10"], ["rnn-adv", "1", "7.0000", "3.5000"]]
-    assert "first 2,000 test images" in printed
+    assert "first 2,000 test images" in printed and " above " not in printed
+    for seed, value in enumerate((0.9, 0.94, 0.7)):
+        run = {"images": 2000, "training_seed": seed + 1, "accuracy": {"natural": 1.0, "worst": value}, "loss": {}}
+        (tmp_path / f"rnn-trades-s{seed + 1}.best.json").write_text(json.dumps(run))
+    table(tmp_path)  # seeds 1 and 2 are those of both: 0.90 − 0.93 and 0.94 − 0.98
+    assert "rnn-trades above trades, worst, in points, by training seed: -3.00, -4.00; -3.50 ± 0.71" in capsys.readouterr().out
 
 
 # ---- run_cifar.sh ----------------------------------------------------------------------------------------------------

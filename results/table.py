@@ -51,12 +51,24 @@ def by_seed(found, sharp):
         print(f"| {method} | {' | '.join(cells.get(seed, '-') for seed in seeds)} |")
 
 
+def leads(found):
+    """Print by how many points each rnn- method's worst case is above its twin's by hand, over the seeds that both have."""
+    for name in found:
+        twin = name.replace("rnn-adv", "advtrain").replace("rnn-trades", "trades")
+        ours, theirs = ({run["training_seed"]: run["accuracy"]["worst"] for run in found.get(key, [])} for key in (name, twin))
+        if twin != name and (seeds := sorted(ours.keys() & theirs.keys())):
+            gains = [ours[seed] - theirs[seed] for seed in seeds]
+            each = ", ".join(f"{100 * gain:.2f}" for gain in gains)
+            print(f"\n{name} above {twin}, worst, in points, by training seed: {each}; {cell(gains, 100, 2)}")
+
+
 def main(folder):
     for what, checkpoint in (("best", "best checkpoint"), ("last", "last checkpoint"), ("sharp", "best checkpoint"),
                              ("all", "best checkpoint"), ("autoattack", "best checkpoint")):
         if found := read(folder, what):
             images, = {run["images"] for runs in found.values() for run in runs}
             table(f"{checkpoint}, the first {images:,} test images, accuracy in %", found, "accuracy", 100, 2)
+            leads(found)
             if what in ("best", "sharp"):
                 table("the same, mean cross-entropy that the attack reached", found, "loss", 1, 4)
             if what == "best":
