@@ -34,11 +34,12 @@ def draw_steps(by_run, about, folder):
         top, T = max(result["after 100"].values()), len(result["by step"]["line search"]) - 1
         for name, losses in result["by step"].items():
             ax.plot(range(T + 1), [100 * loss / top for loss in losses], STYLES[name], markersize=4, label=name)
-        gap = 100 - 100 * min(losses[T] for losses in result["by step"].values()) / top
+        highest = 100 * max(top, *map(max, result["by step"].values())) / top
+        gap = highest - 100 * min(losses[T] for losses in result["by step"].values()) / top
         ax.set(title=f"{label}, {result['loss']}", xlabel="gradients t", xticks=range(0, T + 1, 2),
-               ylim=(max(0, 100 - 3.5 * gap), 100 + 0.2 * gap))  # the climb's upper part, where the attacks part
+               ylim=(max(0, highest - 3.5 * gap), highest + 0.2 * gap))  # the climb's upper part, where the attacks part
         ax.title.set_fontsize(10)
-    axes[0].set_ylabel("inner loss, % of the highest after 100")
+    axes[0].set_ylabel("inner loss, % of the highest after 100 gradients")
     handles = [ax.get_legend_handles_labels() for ax in axes]
     figure.legend(*max(handles, key=lambda pair: len(pair[1])), loc="outside right center", fontsize=8)
     save_figure(figure, f"How fast each attack climbs the inner loss\n{about}", folder / "inner-loss.png")
