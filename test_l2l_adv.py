@@ -32,7 +32,7 @@ import l2l_adv
 from baselines import (MODELS, AdvTrain, InputError, Margin, SmallCNN, Trades, augment, cw_linf, eval_mode, evaluate,
                        hold_out, input_gradient, load_dataset, pgd, project, to_unit, worst_of)
 from l2l_adv import (METHODS, LearnedOptimizer, NotFinite, Settings, ctrl_c_asks, fused, learned_attack, learning_rate,
-                     load_classifier, load_run, locked, main, meta_objective, named_attack, size, train_optimizer,
+                     load_classifier, load_run, locked, main, meta_objective, named_attack, sharpened, size, train_optimizer,
                      train_step_learned, train_step_pgd, unroll, write_whole)
 from results.evaluate import checks, not_above
 from results.table import main as table
@@ -304,6 +304,19 @@ def test_named_attacks_are_the_ones_they_name():
         starts = [expected("gaussian"), expected("uniform")]
         margins = torch.stack([Margin().inner_loss(model(x_adv), y) for x_adv in starts])
         assert torch.equal(Margin().inner_loss(model(twice), y), margins.amax(0))
+
+
+def test_a_sharpened_optimizer_has_ten_times_the_output_weights():
+    optimizer, g = big_steps("lstm"), torch.randn(2, 1, 3, 3).double()
+    with torch.no_grad():
+        optimizer.W_out.mul_(0.01)  # far from saturation
+        soft, sharp = optimizer(g)[0], sharpened(optimizer)(g)[0]
+        assert torch.allclose(sharp.atanh(), 10 * soft.atanh(), rtol=1e-9)
+        unfused, optimizer.forward = optimizer.forward, lambda *args: unfused(*args)  # as `fused` sets it
+        assert torch.equal(sharpened(optimizer)(g)[0], sharp) and torch.equal(optimizer(g)[0], soft)
+    for other in (nn.Identity(), "nothing"):
+        with pytest.raises(InputError, match="only a LearnedOptimizer"):
+            named_attack("sharp-2", 0.1, other)
 
 
 # ---- The learned optimizer -------------------------------------------------------------------------------------------
@@ -1440,6 +1453,14 @@ def test_a_lent_learned_optimizer_attacks_the_run_that_has_none(tiny, capsys):
     torch.manual_seed(0)
     assert result["loss"] == pytest.approx(evaluate(model, to_unit(x), y, attacks, losses=True)[1], rel=1e-5)
     assert result["loss"]["learned-2"] > result["loss"]["natural"] and result["lender"] == "learned"
+    assert main(["eval", "learned", "by-hand", "--limit", "4", "--attacks", "sharp-2"]) is None
+    assert [row.split()[3] for row in capsys.readouterr().out.splitlines()[2::2]][1] == "-"  # by-hand has none of its own
+    assert main(["eval", "by-hand", "--limit", "4", "--attacks", "sharp-2", "--lend", "learned"]) is None
+    sharp = {"sharp-2": named_attack("sharp-2", result["eps"], load_run("learned")[1])}
+    torch.manual_seed(0)
+    expected = evaluate(model, to_unit(x), y, sharp, losses=True)[1]
+    assert json.loads(Path("by-hand/eval.json").read_text())["loss"] == pytest.approx(expected, rel=1e-5)
+    assert expected["sharp-2"] != result["loss"]["learned-2"]
     assert main(["eval", "learned", "--limit", "2", "--attacks", "pgd-1", "--lend", "learned"]) is None
     assert json.loads(Path("learned/eval.json").read_text())["lender"] is None  # it has its own
     assert main(["eval", "learned", "--limit", "2", "--lend", "by-hand"]) == 2
@@ -1541,8 +1562,12 @@ def test_table_is_the_mean_and_the_standard_deviation_over_seeds(tmp_path, capsy
     for seed, value in enumerate((0.9, 0.94, 0.7)):
         run = {"images": 2000, "training_seed": seed + 1, "accuracy": {"natural": 1.0, "worst": value}, "loss": {}}
         (tmp_path / f"rnn-trades-s{seed + 1}.best.json").write_text(json.dumps(run))
-    table(tmp_path)  # seeds 1 and 2 are those of both: 0.90 − 0.93 and 0.94 − 0.98
-    assert "rnn-trades above trades, worst, in points, by training seed: -3.00, -4.00; -3.50 ± 0.71" in capsys.readouterr().out
+    run = {"images": 2000, "training_seed": 1, "accuracy": {"natural": 1.0, "worst": 0.5}, "loss": {}}
+    (tmp_path / "advtrain-s1.best.json").write_text(json.dumps(run))
+    table(tmp_path)  # seeds 1 and 2 are those of both: 0.90 − 0.93 and 0.94 − 0.98; and 0.75 − 0.5
+    leads = [line for line in capsys.readouterr().out.splitlines() if " above " in line]
+    assert leads == ["rnn-adv above advtrain, worst of this table, in points, by training seed: 25.00; 25.00",
+                     "rnn-trades above trades, worst of this table, in points, by training seed: -3.00, -4.00; -3.50 ± 0.71"]
 
 
 # ---- run_cifar.sh ----------------------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ def print_step(label, result, about):
         for what, r in (f"{T} by hand", v["after 10"]), ("100 of PGD", v["after 100"]):
             print(f"the best {what}: {r['loss']:.{digits}f} ({r['best']}); learned minus this: "
                   f"{r['difference']:+.{digits}f}, standard error {r['error']:.{digits}f}")
-        print(f"verdict: that {T} learned steps beat {T} of any other and 100 of PGD {v['claim']}", flush=True)
+        print(f"verdict: that {T} learned steps beat {T} of any by hand and 100 of PGD {v['claim']}", flush=True)
 
 
 def print_longer(by_run, about):

@@ -78,7 +78,7 @@ attack() {  # NAME
     evaluate "$1" last --limit "$test_limit" --lend "$with" --checkpoint last
 }
 
-sharp() {  # NAME: the learned optimizer as it was trained, and sharpened
+sharp() {  # NAME: the learned optimizer as it was trained (from other noise than in `attack`) and sharpened, side by side
     evaluate "$1" sharp --attacks learned-10,sharp-10 --limit "$test_limit" --lend "$(lender "$1")"
 }
 

@@ -38,28 +38,29 @@ def table(title, found, kind, factor, digits):
 def by_seed(found, sharp):
     """Print the same seed by seed: the worst case, and by how much the learned optimizer's loss is above PGD-100's, as it
     was trained and, from the files `sharp`, sharpened."""
-    sharp_loss = {(method, run["training_seed"]): run["loss"] for method, runs in sharp.items() for run in runs}
+    sharp_loss = {(method, run["training_seed"], run["images"]): run["loss"] for method in sharp for run in sharp[method]}
     seeds = sorted({run["training_seed"] for runs in found.values() for run in runs})
     print("\nworst, and the loss of learned-10 and of sharp-10 less that of pgd-100, by training seed\n")
     print(f"| method | {' | '.join(map(str, seeds))} |\n|{'---|' * (len(seeds) + 1)}")
     for method, runs in found.items():
         cells = {}
         for run in runs:
-            loss = {**sharp_loss.get((method, run["training_seed"]), {}), **run["loss"]}
+            loss = {**sharp_loss.get((method, run["training_seed"], run["images"]), {}), **run["loss"]}
             gaps = [f"{loss[name] - loss['pgd-100']:+.4f}" for name in ("learned-10", "sharp-10") if {name, "pgd-100"} <= {*loss}]
             cells[run["training_seed"]] = ", ".join([f"{100 * run['accuracy']['worst']:.2f}", *gaps])
         print(f"| {method} | {' | '.join(cells.get(seed, '-') for seed in seeds)} |")
 
 
 def leads(found):
-    """Print by how many points each rnn- method's worst case is above its twin's by hand, over the seeds that both have."""
+    """Print by how many points rnn-adv and rnn-trades are above their twins by hand in the worst case, over the seeds that
+    both have. (The small cell has no twin: its own attack is another than the one lent to advtrain.)"""
     for name in found:
         twin = name.replace("rnn-adv", "advtrain").replace("rnn-trades", "trades")
         ours, theirs = ({run["training_seed"]: run["accuracy"]["worst"] for run in found.get(key, [])} for key in (name, twin))
         if twin != name and (seeds := sorted(ours.keys() & theirs.keys())):
             gains = [ours[seed] - theirs[seed] for seed in seeds]
             each = ", ".join(f"{100 * gain:.2f}" for gain in gains)
-            print(f"\n{name} above {twin}, worst, in points, by training seed: {each}; {cell(gains, 100, 2)}")
+            print(f"\n{name} above {twin}, worst of this table, in points, by training seed: {each}; {cell(gains, 100, 2)}")
 
 
 def main(folder):
