@@ -3,7 +3,7 @@
 # runs/mnist/numbers or runs/cifar10/numbers, one JSON file each. Stopped and started again it goes on where it was; what has
 # its file already is skipped, so remove the file to make it anew. What we saw is in results/mnist/ and is not touched.
 #
-#   MNIST_DIR=data/mnist bash results/reproduce.sh mnist                  everything: some five hours on two cores
+#   MNIST_DIR=data/mnist bash results/reproduce.sh mnist                  everything: five to six hours on two cores
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist advtrain-s0 rnn-adv-s0    some runs: METHOD-sSEED, METHOD-rnn-sSEED
 #                                                                         with the small cell; one trained by hand needs its rnn- twin
 #   CIFAR10_DIR=data/cifar-10-batches-bin bash results/reproduce.sh cifar10       on a GPU; METHOD-MODEL-sSEED
