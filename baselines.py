@@ -25,7 +25,6 @@ import sys
 import tarfile
 import time
 import urllib.request
-import warnings
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -482,9 +481,7 @@ def read_pickle(path):
 def reading(path):
     """Whatever goes wrong inside is the file's fault: a damaged one can raise anything."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield path
+        yield path
     except Exception as error:
         raise InputError(f"cannot read {path}: it is missing or damaged ({one_line(error)})") from None
 

@@ -22,7 +22,6 @@ baselines.AdvTrain and baselines.Trades). Sections 1 to 3 are the paper, 4 is th
 """
 import argparse
 import io
-import itertools
 import json
 import math
 import os
@@ -364,6 +363,8 @@ class Training:
         torch.manual_seed(int(rng.integers(2 ** 60)) + rank)
         self.trained_model.train()
         batch_size = min(settings.batch_size, len(self.x))
+        if batch_size % world or batch_size < 2 * world:
+            raise InputError(f"a batch of {batch_size} does not split into {world} part(s) of two images or more")
         steps, total = len(self.x) // batch_size, 0.0
         for step in progress(range(steps), f"epoch {epoch + 1}"):
             batch = order[step * batch_size:(step + 1) * batch_size][rank::world]
@@ -421,7 +422,10 @@ def train(settings, model=None, data=None, resume=False):
     run = Training(settings, model, data)
     if last.exists():
         run.restore()
-    rank, _ = share_gradients(run)
+    rank, world = processes()
+    for player in (run.model, run.optimizer):
+        if player and world > 1:
+            share_gradients(player)
     x, y = to_unit(run.held_out[0]), run.held_out[1]
     if rank == 0:
         print(f"{settings.method}, {settings.dataset} ({len(run.x)} images), {settings.model}, eps = {settings.eps * 255:g}/255, "
@@ -449,24 +453,17 @@ def processes():
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
-def share_gradients(run):
-    """Give every process the weights of the first one, and from now on every gradient its mean over the processes, as
-    soon as it is computed. Returns what `processes` does. Raises InputError."""
-    rank, world = processes()
-    batch_size = min(run.settings.batch_size, len(run.x))
-    if batch_size % world or batch_size < 2 * world:
-        raise InputError(f"a batch of {batch_size} does not split into {world} part(s) of two images or more")
-
+def share_gradients(player):
+    """Give a module the weights of the first process, and from now on every gradient its mean over the processes, as soon
+    as it is computed."""
     def average(weight):
         distributed.all_reduce(weight.grad)
-        weight.grad /= world
+        weight.grad /= distributed.get_world_size()
 
-    for player in (run.model, run.optimizer) if world > 1 else ():
-        for tensor in player.state_dict().values() if player else ():
-            distributed.broadcast(tensor, 0)
-        for weight in player.parameters() if player else ():
-            weight.register_post_accumulate_grad_hook(average)
-    return rank, world
+    for tensor in player.state_dict().values():
+        distributed.broadcast(tensor, 0)
+    for weight in player.parameters():
+        weight.register_post_accumulate_grad_hook(average)
 
 
 # Checkpoints: tensors and plain values, nothing that needs unpickling of code
@@ -536,6 +533,9 @@ def named_attacks(names, eps, optimizer):
 def eval_command(args):
     """A table on stdout, a row per run; the same numbers, and the mean cross-entropies, in each run's eval.json."""
     device = pick_device(args.device)
+    for folder in args.runs:
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder} is not a run's folder")
     runs = {folder: load_run(folder, args.checkpoint, device) for folder in args.runs}
     lent = load_run(args.lend, args.checkpoint, device)[1] if args.lend else None
     if len({(settings.dataset, args.eps or settings.eps) for _, _, settings in runs.values()}) > 1:
@@ -544,7 +544,7 @@ def eval_command(args):
     eps, dataset = args.eps or settings.eps, settings.dataset
     attacks = {folder: named_attacks(args.attacks.split(","), eps, optimizer or lent)
                for folder, (_, optimizer, _) in runs.items()}
-    columns = list(dict.fromkeys(["natural", *itertools.chain(*attacks.values()), "worst"]))
+    columns = ["natural", *args.attacks.split(","), "worst"]
     data = load_dataset(dataset, args.data_dir or settings.data_dir)
     x, y = to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device)
     width = max(map(len, runs)) + 2
