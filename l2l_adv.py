@@ -107,7 +107,7 @@ def ascend(model, optimizer, x, y, eps, steps, objective, start="gaussian", gain
     with eval_mode(model):
         target = objective.target(model, x, y)
         x_adv = start_point(x, eps, start)
-        drawn = torch.randperm(x.numel(), device=x.device)[:math.ceil(share * x.numel())]  # (K,)
+        drawn = torch.randperm(x.numel() if share else 0, device=x.device)[:math.ceil(share * x.numel())]  # (K,)
         trace = Trace(drawn, x.flatten()[drawn], x_adv.flatten()[drawn], [], [])
         state = None  # h_0 = 0
         for _ in range(steps):
@@ -538,6 +538,8 @@ def eval_command(args):
             raise InputError(f"{folder} is not a run's folder")
     runs = {folder: load_run(folder, args.checkpoint, device) for folder in args.runs}
     lent = load_run(args.lend, args.checkpoint, device)[1] if args.lend else None
+    if args.lend and not lent:
+        raise InputError(f"{args.lend} has no learned optimizer to lend: take an rnn- run")
     if len({(settings.dataset, args.eps or settings.eps) for _, _, settings in runs.values()}) > 1:
         raise InputError("these runs differ in data set or eps: make separate tables of them")
     settings = runs[args.runs[0]][2]

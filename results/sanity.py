@@ -1,0 +1,102 @@
+"""How far to trust a run's accuracies: is the gradient masked, and do restarts or other attacks break more images?
+
+    python3 results/sanity.py runs/* [--limit 256] [--restarts 20] [--autoattack]
+
+Accuracies in %, PGD with steps of eps/4. The questions are those of Athalye et al. (2018, arXiv 1802.00420) and Carlini
+et al. (2019, arXiv 1902.06705). A model that fails one may be less robust than its table says.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from baselines import AdvTrain, InputError, evaluate, input_gradient, pgd, start_point, under_attack
+from l2l_adv import COUNT, as_program, learned_attack, write_whole
+from results.runs import load, parser
+
+
+def not_above(a, b):
+    """Whether accuracy a is at most accuracy b, but for noise: of the images on which the two differ, a's surplus is
+    within two standard deviations of a coin's (McNemar). a, b: (N,), who is right."""
+    up, down = (a & ~b).sum().item(), (b & ~a).sum().item()
+    return up - down <= 2 * (up + down) ** 0.5
+
+
+def checks(run, others):
+    """Yields (question, whether it went well, {name: (N,), which images}). others: runs of the same data."""
+    def right(attack):
+        return under_attack(run.model, run.x, run.y, attack, run.batch_size)[0]  # (N,)
+
+    def attacked(steps, eps=run.settings.eps, share=1 / 4, source=run.model):
+        return right(lambda _, x, y: pgd(source, x, y, eps=eps, step_size=share * eps, steps=steps))
+
+    by_steps = {f"{steps} steps": attacked(steps) for steps in (5, 10, 20, 50, 100)}
+    masks, pgd_10, one = list(by_steps.values()), by_steps["10 steps"], attacked(1, share=1)
+    yield "more steps do not raise accuracy", all(map(not_above, masks[1:], masks)), by_steps
+    yield "iterations beat one step", not_above(pgd_10, one), {"one step of eps": one, "PGD-10": pgd_10}
+    natural, noise = right(lambda _, x, y: x), right(lambda _, x, y: start_point(x, run.settings.eps, "uniform"))
+    few = 2 * (natural & ~noise).sum() < (natural & ~pgd_10).sum()
+    yield "noise breaks less than half as much as PGD-10", few, {"natural": natural, "noise": noise, "PGD-10": pgd_10}
+    larger = {f"{k} eps": attacked(50, eps=min(k * run.settings.eps, 0.99)) for k in (4, 8)}
+    yield "accuracy falls below 5 % as eps grows", larger["8 eps"].double().mean() < 0.05, larger
+    zero = torch.cat([(input_gradient(run.model, x, AdvTrain(), y)[0] == 0).flatten(1).all(1)
+                      for x, y in zip(run.x.split(run.batch_size), run.y.split(run.batch_size))])  # (N,)
+    yield "at most 1 % of the gradients are all zero", zero.double().mean() <= 0.01, {"zero": zero}
+    for other in others:
+        transferred = attacked(10, source=other.model)
+        yield (f"PGD-10 made on {other.folder} is no stronger", not_above(pgd_10, transferred),
+               {"transferred": transferred, "white box": pgd_10})
+
+
+def restarts(run, n):
+    """{attack: accuracy after n attacks from random points of the ball, all of which an image must survive}."""
+    budget = {"eps": run.settings.eps, "start": "uniform"}
+    attacks = {"pgd-50": lambda model, x, y: pgd(model, x, y, **budget, steps=50, step_size=run.settings.eps / 4)}
+    if run.optimizer:
+        attacks["learned-10"] = lambda model, x, y: learned_attack(model, run.optimizer, x, y, **budget, steps=10)
+    return {name: evaluate(run.model, run.x, run.y, {str(i): attack for i in range(n)}, run.batch_size)["worst"]
+            for name, attack in attacks.items()}
+
+
+def autoattack(eps, seed):
+    """The standard AutoAttack (Croce & Hein 2020, arXiv 2003.01690), as `evaluate` takes it. Raises InputError."""
+    try:
+        from torchattacks import APGD, APGDT, FAB, MultiAttack, Square
+    except ImportError:
+        raise InputError("--autoattack needs a package: python3 -m pip install --no-deps torchattacks scipy") from None
+    budget = {"eps": eps, "seed": seed, "steps": 100}  # torchattacks.AutoAttack itself makes 10
+    return lambda model, x, y: MultiAttack([
+        APGD(model, **budget), APGDT(model, **budget), FAB(model, **budget, multi_targeted=True),
+        Square(model, eps=eps, seed=seed, n_queries=5000)])(x, y).detach()
+
+
+def sanity(args):
+    runs, _ = load(args)
+    attacks = {"autoattack": autoattack(runs[0].settings.eps, args.seed)} if args.autoattack else {}
+    for run in runs:
+        print(run.folder)
+        torch.manual_seed(args.seed)
+        for question, passed, masks in checks(run, [other for other in runs if other is not run]):
+            numbers = ", ".join(f"{name} {100 * mask.double().mean():.2f}" for name, mask in masks.items())
+            print(f"  {'pass' if passed else 'FAIL'}  {question}: {numbers}", flush=True)
+        for name, accuracy in (restarts(run, args.restarts) if args.restarts else {}).items():
+            print(f"        {args.restarts} random starts of {name} leave {100 * accuracy:.2f}", flush=True)
+        if attacks:
+            accuracy, loss = evaluate(run.model, run.x, run.y, attacks, run.batch_size, losses=True)
+            print(f"        AutoAttack leaves {100 * accuracy['autoattack']:.2f}", flush=True)
+            result = {"images": len(run.x), "checkpoint": args.checkpoint, "seed": run.seed,
+                      "training_seed": run.settings.seed, "accuracy": accuracy, "loss": loss}
+            write_whole(Path(run.folder, "autoattack.json"), (json.dumps(result, indent=1) + "\n").encode())
+
+
+def main(argv=None):
+    command = parser("sanity.py", __doc__.splitlines()[0], sanity)
+    command.add_argument("--restarts", type=COUNT, help="also so many random starts of pgd-50 and learned-10")
+    command.add_argument("--autoattack", action="store_true", help="also AutoAttack; writes autoattack.json")
+    return as_program(command.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
