@@ -20,9 +20,9 @@ import hashlib
 import math
 import os
 import pickletools
-import shutil
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ class InputError(ValueError):
 
 
 class NotFinite(ArithmeticError):
-    """A loss, a gradient or logits that are NaN or infinite. No weight was moved by them."""
+    """A loss, a gradient or logits that are NaN or infinite. No weight was moved by them; batch norm's statistics may be."""
 
 
 # ---- 1. Threat model ------------------------------------------------------------------------------------------------
@@ -83,18 +83,9 @@ def check(x, y, eps=0.5, steps=1, step_size=1.0):
 # ---- 2. Objectives: θ descends the outer loss, x' ascends the inner one; any inner maximiser works with any of them ---
 
 class AdvTrain:
-    """min_θ max_x' CE(f(x'), y)  [1]; the base class of all objectives.
+    """min_θ max_x' CE(f(x'), y)  [1]; the base class of all objectives."""
 
-    `beta` states a fact that saves the learned optimizer a pass: as functions of x', the outer loss is beta times the
-    batch mean of the inner one. An objective for which that is not so states beta = None. One that changes a loss must
-    state its beta, else InputError.
-    """
-
-    beta = 1.0
-
-    def __init_subclass__(cls):
-        if {"inner_loss", "outer_loss"} & vars(cls).keys() and "beta" not in vars(cls):
-            raise InputError(f"{cls.__name__} changes a loss, so it must state its beta: None is always right")
+    beta = 1.0  # in x', the outer loss of AdvTrain and Trades is beta times the batch mean of the inner one
 
     def target(self, model, x, y):
         """What the inner loss is measured against, computed once per batch: the labels, (B,)."""
@@ -111,8 +102,6 @@ class AdvTrain:
 
 class Trades(AdvTrain):
     """min_θ CE(f(x), y) + β·max_x' KL(f(x) ‖ f(x'))  [2]. The inner loss leaves the labels out."""
-
-    beta = 6.0
 
     def __init__(self, beta=6.0):
         if not (isinstance(beta, Real) and 0 < beta < math.inf):
@@ -136,10 +125,7 @@ class Trades(AdvTrain):
 
 
 class Margin(AdvTrain):
-    """The inner loss of [3], for attacks: the best wrong logit minus the true one. Unlike cross-entropy it does not
-    saturate."""
-
-    beta = None
+    """The inner loss of [3], for attacks: the best wrong logit minus the true one. It does not saturate."""
 
     def inner_loss(self, logits, target):
         true = logits.gather(1, target[:, None])[:, 0]
@@ -173,6 +159,11 @@ def input_gradient(model, x_adv, objective, target):
     return g, loss.detach()
 
 
+def sign(g):
+    """sign(g), and NaN where g is NaN: torch.sign makes 0 of it, PGD would stand still, and the model seem robust."""
+    return torch.where(g.isnan(), g, g.sign())
+
+
 @torch.no_grad()
 def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaussian", line_search=False):
     """Projected gradient ascent on the objective's inner loss, x' ← Π(x' + step_size·sign(g))  [1].
@@ -190,7 +181,7 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
             if line_search:
                 x_adv = backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size)
             else:
-                x_adv = project(x_adv + step_size * g.sign(), x, eps)
+                x_adv = project(x_adv + step_size * sign(g), x, eps)
     return x_adv
 
 
@@ -200,11 +191,11 @@ def backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size, trial
     (trials and slope are our choice: steps of eps, eps/2, eps/4 and eps/8 where step_size = eps.)"""
     step = torch.full_like(loss, step_size)[:, None, None, None]  # (B, 1, 1, 1)
     for _ in range(trials - 1):
-        x_new = project(x_adv + step * g.sign(), x, eps)
+        x_new = project(x_adv + step * sign(g), x, eps)
         promised = (g * (x_new - x_adv)).sum((1, 2, 3))  # (B,)
         enough = objective.inner_loss(model(x_new), target) >= loss + slope * promised
         step = torch.where(enough[:, None, None, None], step, step / 2)
-    return project(x_adv + step * g.sign(), x, eps)
+    return project(x_adv + step * sign(g), x, eps)
 
 
 def cw_linf(model, x, y, *, eps, step_size, steps, start="gaussian"):
@@ -412,25 +403,26 @@ def load_dataset(name, data_dir=None):
 
 def download_cifar10(folder):
     """Fetch the binary version from its authors into `folder`, which appears only when it is whole. Returns it."""
-    archive, unpacked = folder.with_name("cifar-10-binary.tar.gz.part"), folder.with_name(f"{folder.name}.part")
     try:
-        unpacked.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(CIFAR10_URL, timeout=60) as source, open(archive, "wb") as file:
-            for _ in progress(range(int(source.headers["Content-Length"]) // 2 ** 20 + 1), "downloading CIFAR-10, MB"):
-                file.write(source.read(2 ** 20))
-        if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
-            raise OSError("its MD5 sum is wrong")
-        with tarfile.open(archive) as tar:
-            for name in CIFAR10_FILES:
-                member = tar.extractfile(f"cifar-10-batches-bin/{name}.bin")
-                (unpacked / f"{name}.bin").write_bytes(member.read())
-        return unpacked.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.part", dir=folder.parent) as part:
+            archive, unpacked = Path(part, "cifar-10-binary.tar.gz"), Path(part, "unpacked")
+            with urllib.request.urlopen(CIFAR10_URL, timeout=60) as source, open(archive, "wb") as file:
+                for _ in progress(range(int(source.headers["Content-Length"]) // 2 ** 20 + 1), "downloading CIFAR-10, MB"):
+                    file.write(source.read(2 ** 20))
+            if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
+                raise OSError("its MD5 sum is wrong")
+            unpacked.mkdir()
+            with tarfile.open(archive) as tar:
+                for name in CIFAR10_FILES:
+                    member = tar.extractfile(f"cifar-10-batches-bin/{name}.bin")
+                    (unpacked / f"{name}.bin").write_bytes(member.read())
+            if not folder.exists():  # another process may have been faster
+                unpacked.rename(folder)
+        return folder
     except Exception as error:  # no network, a broken connection, a full disk
         raise InputError(f"CIFAR-10 could not be downloaded ({one_line(error)}): unpack cifar-10-binary.tar.gz into "
                          f"{folder.parent}, or name its folder by --data-dir or CIFAR10_DIR") from None
-    finally:
-        archive.unlink(missing_ok=True)
-        shutil.rmtree(unpacked, ignore_errors=True)
 
 
 def read_mnist(folder, ending):
@@ -517,7 +509,10 @@ def synthetic(n_train=4000, n_test=1000, size=16):
 
 def hold_out(data, limit=None):
     """Split the training images into training (at most `limit`) and held-out ones: 1,000, or a fifth of a small set.
-    Always the same split, whatever the run's seed. Returns (x_train, y_train), (x_held_out, y_held_out)."""
+    Always the same split, whatever the run's seed. Returns (x_train, y_train), (x_held_out, y_held_out). Raises
+    InputError."""
+    if data.x_train.dtype != torch.uint8:
+        raise InputError(f"a Dataset holds uint8 images, 0 to 255, not {data.x_train.dtype}")
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
     n = min(1000, len(order) // 5)
     train, held_out = order[n:][:limit], order[:n]

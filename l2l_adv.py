@@ -7,8 +7,8 @@ hand-made steps. Here a small recurrent network m_φ, the same for every pixel, 
       h_0 = 0, x'_0 = x + 0.001·N(0, I)                                              ascend
       for t = 0 … T−1:
         g_t = ∇_x' L(f_θ(x'_t), y)                                                   baselines.input_gradient
-        δ_t, h_{t+1} = m_φ(g_t, h_t)                                                 LearnedOptimizer.forward
-        x'_{t+1} = Π(x'_t + δ_t)                                                     baselines.project
+        δ_t, h_{t+1} = m_φ(g_t, h_t), δ_t in units of eps                            scaled, LearnedOptimizer.forward
+        x'_{t+1} = Π(x'_t + eps·δ_t)                                                 baselines.project
       φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t                              phi_gradient
       θ descends L(f_θ(x'_T), y)                                                     theta_gradient
 
@@ -30,7 +30,7 @@ import sys
 import time
 import zipfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +71,9 @@ class LearnedOptimizer(nn.Module):
         """u: the scaled gradient at N coordinates, (N,); state: what the last call returned, None for h_0 = 0.
         Returns δ (N,) in units of eps, in (−1, 1), and the next state. gain: multiplies the read-out, for attacks that
         take longer steps than were trained."""
-        h, c = state or (u.new_zeros(self.hidden_size, len(u)),) * 2  # (H, N) each: the hidden axis comes first
+        if state is None:
+            state = u.new_zeros(self.hidden_size, len(u)), u.new_zeros(self.hidden_size, len(u))
+        h, c = state  # (H, N) each: the hidden axis comes first
         v = torch.cat([u[None], h])  # (1+H, N)
         if self.cell == "lstm":
             W_i, W_f, W_g, W_o = self.W.split(self.hidden_size)  # (H, 1+H) each
@@ -121,7 +123,7 @@ def ascend(model, optimizer, x, y, eps, steps, objective, start="gaussian", gain
 
 
 def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(), start="gaussian", gain=1.0):
-    """The learned optimizer as an attack, a drop-in for pgd: `steps` gradients of `model`, none of its own.
+    """The learned optimizer as an attack, a drop-in for pgd: it takes `steps` gradients of `model`.
 
     x: (B, C, H, W) in [0, 1]; y: (B,); eps in [0, 1] pixel scale; gain: see LearnedOptimizer.forward. Returns x' like x,
     within eps of it. Raises InputError.
@@ -133,13 +135,14 @@ def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(
 
 
 def phi_gradient(optimizer, opt_phi, trace, g_T, eps):
-    """φ's gradient, upwards: of Σ_{t=1..T} w_t L(f(x'_t), y), w_t = t, over Σ w_t and per image; clipped to norm 1.
+    """Sets φ's gradient, so that opt_phi ascends Σ_{t=1..T} w_t L(f(x'_t), y) / Σ_t w_t, w_t = t, in the mean over the
+    images; clipped to norm 1.
 
     The g_t are data to the optimizer (second derivatives are dropped), so by the chain rule
         ∂/∂φ Σ_t w_t L(f(x'_t), y)  =  Σ_t w_t ⟨∇_x' L(f(x'_t), y), ∂x'_t/∂φ⟩  =  ∂/∂φ Σ_t w_t ⟨g_t, x'_t⟩.
     Every g_t on the right is there already: the attack needed g_0 … g_{T−1}, θ's update computes g_T. So φ's gradient
-    costs no pass through the classifier; only the cell is unrolled once more. The inner product is a sum over
-    coordinates, estimated without bias from the drawn ones. g_T: (B, C, H, W).
+    costs no pass through the classifier; only the cell is unrolled once more. ⟨·,·⟩ is a sum over coordinates, so the
+    drawn ones give an unbiased estimate of it. g_T: (B, C, H, W).
     """
     opt_phi.zero_grad()
     x_adv, state, total = trace.x_0, None, 0.0  # (K,)
@@ -147,9 +150,8 @@ def phi_gradient(optimizer, opt_phi, trace, g_T, eps):
     for t, (u, g) in enumerate(zip(trace.inputs, gradients), start=1):
         delta, state = optimizer(u, state)
         x_adv = project(x_adv + eps * delta, trace.x, eps)
-        total = total + t * (g * x_adv).mean()
-    T, coordinates_per_image = len(gradients), g_T[0].numel()
-    (-total * coordinates_per_image / (T * (T + 1) / 2)).backward()
+        total = total + t * (g * x_adv).mean() * g_T[0].numel()  # w_t ⟨g_t, x'_t⟩, mean over the images
+    (-total / sum(range(1, len(gradients) + 1))).backward()
     nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
 
 
@@ -167,7 +169,7 @@ def update(loss, *torch_optimizers):
     """Each moves its weights along their gradient; or none does, and NotFinite is raised, if a number is not finite."""
     weights = [[p for group in each.param_groups for p in group["params"]] for each in torch_optimizers]
     norms = [nn.utils.clip_grad_norm_(each, math.inf) for each in weights]  # measures them, and clips nothing
-    sizes = torch.stack([loss, *norms]).tolist()  # a step's only wait for the GPU, at its end
+    sizes = torch.stack([loss, *norms]).tolist()
     if not all(map(math.isfinite, sizes)):
         raise NotFinite(f"the loss or a gradient is not finite (loss and gradient norms: {sizes})")
     for each in torch_optimizers:
@@ -192,15 +194,15 @@ def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps
     """
     check(x, y, eps, steps)
     x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, share=share)
-    free = getattr(type(objective), "beta", None) is not None  # what the class says counts
-    if not free:
-        g_T, _ = last_gradient(model, x, x_adv, y, objective)
-    loss = theta_gradient(model, opt_theta, objective, x, x_adv.requires_grad_(), y)
-    if free:
-        # The outer loss is beta times the batch mean of the inner one, so g_T comes with θ's own backward pass. That runs
-        # in the model's training mode: with batch norm, g_T and TRADES' f(x) use the batch's statistics, where
+    if type(objective) in (AdvTrain, Trades):
+        # Their outer loss is, in x', beta times the batch mean of the inner one, so g_T comes with θ's backward pass.
+        # That runs in the model's training mode: with batch norm, g_T and TRADES' f(x) use the batch's statistics, where
         # g_0 … g_{T−1} use the running ones, and g_T holds x'_T's effect on the batch's other images too.
+        loss = theta_gradient(model, opt_theta, objective, x, x_adv.requires_grad_(), y)
         g_T = x_adv.grad * (len(x) / objective.beta)
+    else:  # nothing is known of another objective
+        g_T, _ = last_gradient(model, x, x_adv, y, objective)
+        loss = theta_gradient(model, opt_theta, objective, x, x_adv, y)
     phi_gradient(optimizer, opt_phi, trace, g_T, eps)
     update(loss, opt_theta, opt_phi)
     return loss
@@ -225,7 +227,7 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
         x_adv, trace = ascend(model, optimizer.to(x.device), x, y, eps, steps, objective, share=1.0)
         g_T, losses = last_gradient(model, x, x_adv, y, objective)
         phi_gradient(optimizer, opt_phi, trace, g_T, eps)
-        update(losses.mean(), opt_phi)
+        update(losses.mean(), opt_phi)  # the losses only have to be finite
     if not opt_phi.state:
         raise InputError("there was no batch: is it a generator that was used before?")
     return optimizer.eval()
@@ -258,6 +260,7 @@ def number(low, high, whole=False):
     return parse
 
 
+OWN = "own"  # what the settings of a run call a model or data set of the caller's
 COUNT, SEED = number(1, 1e9, whole=True), number(0, 1e9, whole=True)
 POSITIVE, PIXELS = number(1e-9, 1e9), number(1e-9, 1)
 
@@ -269,7 +272,8 @@ def setting(default, help, parse=str, choices=None):
 
 @dataclass
 class Settings:
-    """Everything that decides a run. `train --help` lists the same, and checks it. What is None here is set by DEFAULTS."""
+    """Everything that decides a run; `train --help` lists the same, and checks numbers. What is None here is set by
+    DEFAULTS, or by the device. Raises InputError for a name that it does not know."""
     out: str = setting(None, "folder of the run, made by it: last.pt, best.pt, log.jsonl; later eval.json")
     method: str = setting("rnn-adv", "who plays against whom; default rnn-adv", choices=METHODS)
     dataset: str = setting("synthetic", "what is classified; default synthetic", choices=DATASETS)
@@ -295,8 +299,12 @@ class Settings:
         if not self.out:
             raise InputError("give the run a folder: --out runs/NAME")
         self.out, self.data_dir = str(self.out), self.data_dir and str(self.data_dir)  # a checkpoint takes no Path
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in (None, OWN, *choices):
+                raise InputError(f"unknown {f.name} {value!r}: choose from {', '.join(choices)}")
         for key in ("dataset", "model"):  # in this order: the data set may choose the model
-            for name, value in DEFAULTS[getattr(self, key)].items():
+            for name, value in DEFAULTS.get(getattr(self, key), {}).items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
         if self.step_size is None:
@@ -304,7 +312,8 @@ class Settings:
 
 
 class InBf16(nn.Module):
-    """A classifier with its layers in bf16; weights, logits and input gradients stay fp32. For training alone."""
+    """A classifier with its layers in bf16, weights and logits in fp32. For training alone: its input gradients are
+    rounded, and near x, where TRADES' KL is almost flat, rounding is much of them."""
 
     def __init__(self, model):
         super().__init__()
@@ -319,9 +328,15 @@ class Training:
     """A run under way: the data, both players, the torch optimizers that move them, and the rows of its log."""
 
     def __init__(self, settings, model=None, data=None):
-        self.settings, self.device, self.rows = settings, pick_device(settings.device), []
+        self.device, self.rows = pick_device(settings.device), []
+        settings = self.settings = replace(
+            settings, model=OWN if model else settings.model, dataset=OWN if data else settings.dataset,
+            precision=settings.precision or ("bf16" if self.device.type == "cuda" else "fp32"))
         data = hold_out(data or load_dataset(settings.dataset, settings.data_dir), settings.limit)
         (self.x, self.y), self.held_out = ([part.to(self.device) for part in each] for each in data)
+        (_, world), batch_size = processes(), min(settings.batch_size, len(self.x))
+        if batch_size % world or batch_size < 2 * world:
+            raise InputError(f"a batch of {batch_size} does not give each of {world} process(es) the same number, two or more")
         torch.manual_seed(settings.seed)
         if model is None:
             model = MODELS[settings.model](in_channels=self.x.shape[1])
@@ -336,8 +351,7 @@ class Training:
             self.opt_phi = torch.optim.Adam(self.optimizer.parameters(), settings.phi_lr)
         parts = {"model": self.model, "opt_theta": self.opt_theta, "optimizer": self.optimizer, "opt_phi": self.opt_phi}
         self.parts = {name: part for name, part in parts.items() if part}  # what a checkpoint holds
-        precision = settings.precision or ("bf16" if self.device.type == "cuda" else "fp32")
-        self.trained_model = InBf16(model) if precision == "bf16" else model  # evaluation takes self.model
+        self.trained_model = InBf16(model) if settings.precision == "bf16" else model  # evaluation takes self.model
         if settings.compile == "yes":
             self.trained_model.compile()
             self.optimizer and self.optimizer.compile()
@@ -363,8 +377,6 @@ class Training:
         torch.manual_seed(int(rng.integers(2 ** 60)) + rank)
         self.trained_model.train()
         batch_size = min(settings.batch_size, len(self.x))
-        if batch_size % world or batch_size < 2 * world:
-            raise InputError(f"a batch of {batch_size} does not split into {world} part(s) of two images or more")
         steps, total = len(self.x) // batch_size, 0.0
         for step in progress(range(steps), f"epoch {epoch + 1}"):
             batch = order[step * batch_size:(step + 1) * batch_size][rank::world]
@@ -380,7 +392,6 @@ class Training:
         """Write best.pt if the last row is the best so far, log.jsonl, and, last, last.pt: what a kill leaves undone is
         done again."""
         out, score = Path(self.settings.out), "natural" if self.maximiser is None else "pgd-10"
-        out.mkdir(parents=True, exist_ok=True)
         checkpoint = io.BytesIO()
         torch.save({"settings": asdict(self.settings), "rows": self.rows,
                     **{name: part.state_dict() for name, part in self.parts.items()}}, checkpoint)
@@ -408,8 +419,8 @@ class Training:
 def train(settings, model=None, data=None, resume=False):
     """Train by settings.method; a row per epoch on stdout and, as JSON, in the run's folder. Returns the rows.
 
-    model, data: a classifier and a baselines.Dataset of your own in place of those that the settings name. best.pt is
-    chosen by accuracy under PGD-10 (for `plain`, natural accuracy) on held-out training images, never on test images.
+    model, data: a classifier and a baselines.Dataset of your own in place of those that the settings name (which give the
+    defaults); data of your own is not augmented. best.pt is chosen by accuracy under PGD-10 (for `plain`, natural accuracy) on held-out training images, never on test images.
     resume: go on after the last finished epoch, if there is one. On a CPU, in one process with as many threads, this ends
     in the same weights, bit for bit, as a training that was never interrupted. Raises InputError before anything is
     written; NotFinite.
@@ -422,7 +433,7 @@ def train(settings, model=None, data=None, resume=False):
     run = Training(settings, model, data)
     if last.exists():
         run.restore()
-    rank, world = processes()
+    settings, (rank, world) = run.settings, processes()
     for player in (run.model, run.optimizer):
         if player and world > 1:
             share_gradients(player)
@@ -432,6 +443,7 @@ def train(settings, model=None, data=None, resume=False):
               f"T = {settings.steps}, seed {settings.seed}, {run.device}; on {len(x)} held-out images accuracy in % and mean "
               f"cross-entropy\n{'epoch':>5}{'loss':>9}{'natural':>16}{'pgd-10':>16}{'learned-10':>16}{'seconds':>9}")
     attacks = named_attacks(("pgd-10", "learned-10"), settings.eps, run.optimizer)
+    last.parent.mkdir(parents=True, exist_ok=True)
     for epoch in range(len(run.rows) + 1, settings.epochs + 1):
         start = time.time()
         try:
@@ -490,10 +502,12 @@ def read_checkpoint(path, device="cpu"):
 
 def load_run(folder, which="best", device="cpu", model=None):
     """A run's folder (its best.pt or last.pt) or a checkpoint file → (classifier, learned optimizer or None, settings),
-    both in eval mode. model: a classifier of your own, if the run was of such a one. Raises InputError."""
+    the modules in eval mode. model: a classifier of your own, if the run was of such a one. Raises InputError."""
     path = Path(folder) / f"{which}.pt" if Path(folder).is_dir() else Path(folder)
     checkpoint = read_checkpoint(path, device)
     settings, weights, optimizer = checkpoint["settings"], checkpoint["model"], None
+    if settings.model == OWN and model is None:
+        raise InputError(f"{path} is of a model of your own: give it to load_run")
     with reading(path):
         model = model or MODELS[settings.model](in_channels=weights["mean"].numel())
         model.to(device, memory_format=torch.channels_last).load_state_dict(weights)
@@ -570,10 +584,13 @@ def train_command(args):
 
 
 def pick_device(name):
-    """The torch device called `name`; "auto" is CUDA where there is one, and under torchrun each process's own."""
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, above all in evaluation
+    """The torch device called `name`; "auto" is CUDA where there is one; under torchrun each process has its own card.
+    Turns TF32 off: fp32 means fp32, above all in evaluation."""
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.zeros(1, device=name).sum().device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -19,6 +19,7 @@ here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 fail() { echo "run_cifar.sh: $*" >&2; exit 2; }
 trap 'echo "run_cifar.sh: stopped; the same command again goes on from here" >&2; exit 130' INT
 
+(($# <= 1)) || fail "settings are environment variables: see --help"
 case ${1-} in
     '') dataset=cifar10 ;;
     --synthetic) dataset=synthetic ;;
