@@ -41,13 +41,14 @@ class InputError(ValueError):
 
 
 class NotFinite(ArithmeticError):
-    """A loss, a gradient or logits that are NaN or infinite. No weight was moved by them; batch norm's statistics may be."""
+    """A loss, a gradient or logits that are NaN or infinite. No weight was moved by them; batch norm's statistics may
+    have been."""
 
 
 # ---- 1. Threat model ------------------------------------------------------------------------------------------------
 
 def project(x_adv, x, eps):
-    """Π of the paper: the point nearest to x_adv in the l-infinity ball of radius eps around x and in the box [0, 1]."""
+    """Π of the paper: the point nearest to x_adv in the l-infinity ball of radius eps around x and the box [0, 1]."""
     return torch.clamp(x_adv, (x - eps).clamp(min=0), (x + eps).clamp(max=1))
 
 
@@ -80,7 +81,7 @@ def check(x, y, eps=0.5, steps=1, step_size=1.0):
         raise InputError(f"step_size must be above 0 and at most 1 (pixels are in [0, 1]), not {step_size!r}")
 
 
-# ---- 2. Objectives: θ descends the outer loss, x' ascends the inner one; any inner maximiser works with any of them ---
+# ---- 2. Objectives: θ descends the outer loss, x' ascends the inner one; any maximiser works with any of them --------
 
 class AdvTrain:
     """min_θ max_x' CE(f(x'), y)  [1]; the base class of all objectives."""
@@ -168,9 +169,9 @@ def sign(g):
 def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaussian", line_search=False):
     """Projected gradient ascent on the objective's inner loss, x' ← Π(x' + step_size·sign(g))  [1].
 
-    x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. Returns x' like x, within eps of it.
-    line_search: find each step by backtracking instead, from step_size down. (The paper's evidence that PGD with one
-    fixed step is not the best maximiser.) Raises InputError.
+    x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. Returns x' like x, within eps of
+    it. line_search: find each step by backtracking instead, from step_size down. (The paper's evidence that PGD with
+    one fixed step is not the best maximiser.) Raises InputError.
     """
     check(x, y, eps, steps, step_size)
     with eval_mode(model):
@@ -308,7 +309,7 @@ class SmallCNN(Classifier):
         for weight in self.parameters():
             if weight.dim() > 1:
                 nn.init.kaiming_normal_(weight, nonlinearity="relu")
-        with torch.no_grad():  # logits near 0 at first: with large ones the attack wins at once, and training never starts
+        with torch.no_grad():  # logits near 0 at first: with large ones the attack wins before training starts
             self.layers[-1].weight.mul_(0.1)
 
 
@@ -324,7 +325,7 @@ class VGG16(Classifier):
 
 
 class ResNet18(Classifier):
-    """ResNet-18 for 32×32 images (He et al. 2016; 3×3 stem, no first pooling), 11.2 M weights: the field's favourite."""
+    """ResNet-18 for 32×32 images (He et al. 2016; 3×3 stem, no first pooling), 11.2 M weights: the field's usual."""
 
     def __init__(self, in_channels=3, num_classes=10):
         def block(last, width, stride):
@@ -387,7 +388,8 @@ def load_dataset(name, data_dir=None):
         return synthetic()
     named = data_dir or os.environ.get(f"{name.upper()}_DIR")
     root = Path(named or "data")
-    for folder in (root, root / "mnist", root / "MNIST" / "raw", root / "cifar-10-batches-bin", root / "cifar-10-batches-py"):
+    homes = ".", "mnist", "MNIST/raw", "cifar-10-batches-bin", "cifar-10-batches-py"
+    for folder in (root / home for home in homes):
         for ending in ("", ".gz", ".bin"):
             if name == "mnist" and (folder / f"train-images-idx3-ubyte{ending}").exists():
                 return read_mnist(folder, ending)
@@ -408,7 +410,8 @@ def download_cifar10(folder):
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.part", dir=folder.parent) as part:
             archive, unpacked = Path(part, "cifar-10-binary.tar.gz"), Path(part, "unpacked")
             with urllib.request.urlopen(CIFAR10_URL, timeout=60) as source, open(archive, "wb") as file:
-                for _ in progress(range(int(source.headers["Content-Length"]) // 2 ** 20 + 1), "downloading CIFAR-10, MB"):
+                megabytes = int(source.headers["Content-Length"]) // 2 ** 20 + 1
+                for _ in progress(range(megabytes), "downloading CIFAR-10, MB"):
                     file.write(source.read(2 ** 20))
             if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
                 raise OSError("its MD5 sum is wrong")
@@ -457,8 +460,8 @@ def read_binary(path):
 
 
 def read_pickle(path):
-    """One file of cifar-10-batches-py, a pickled dictionary. It is not unpickled, so nothing can be executed: its opcodes
-    are read as text. The pixels are the longest string in it, the labels the integers that follow "labels"."""
+    """One file of cifar-10-batches-py, a pickled dictionary. It is not unpickled, so nothing can be executed: its
+    opcodes are read as text. The pixels are the longest string in it, the labels the integers after "labels"."""
     with reading(path):
         strings, labels = [b""], []
         for opcode, argument, _ in pickletools.genops(path.read_bytes()):

@@ -125,8 +125,8 @@ def ascend(model, optimizer, x, y, eps, steps, objective, start="gaussian", gain
 def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(), start="gaussian", gain=1.0):
     """The learned optimizer as an attack, a drop-in for pgd: it takes `steps` gradients of `model`.
 
-    x: (B, C, H, W) in [0, 1]; y: (B,); eps in [0, 1] pixel scale; gain: see LearnedOptimizer.forward. Returns x' like x,
-    within eps of it. Raises InputError.
+    x: (B, C, H, W) in [0, 1]; y: (B,); eps in [0, 1] pixel scale; gain: see LearnedOptimizer.forward. Returns x' like
+    x, within eps of it. Raises InputError.
     """
     if not isinstance(optimizer, nn.Module):
         raise InputError(f"the learned attack needs a LearnedOptimizer, not {optimizer!r}: take it from an rnn- run")
@@ -196,8 +196,8 @@ def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps
     x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, share=share)
     if type(objective) in (AdvTrain, Trades):
         # Their outer loss is, in x', beta times the batch mean of the inner one, so g_T comes with θ's backward pass.
-        # That runs in the model's training mode: with batch norm, g_T and TRADES' f(x) use the batch's statistics, where
-        # g_0 … g_{T−1} use the running ones, and g_T holds x'_T's effect on the batch's other images too.
+        # That runs in the model's training mode: with batch norm, g_T and TRADES' f(x) use the batch's statistics,
+        # where g_0 … g_{T−1} use the running ones, and g_T holds x'_T's effect on the batch's other images too.
         loss = theta_gradient(model, opt_theta, objective, x, x_adv.requires_grad_(), y)
         g_T = x_adv.grad * (len(x) / objective.beta)
     else:  # nothing is known of another objective
@@ -217,8 +217,9 @@ def last_gradient(model, x, x_adv, y, objective):
 def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), optimizer=None, lr=0.01):
     """Train φ alone, against a classifier that stays as it is: a learned attack on any model.
 
-    batches: an iterable of x (B, C, H, W) in [0, 1], y (B,), such as a DataLoader: one update of φ each. optimizer: the
-    LearnedOptimizer to go on with; default a new one. lr: Adam's. Returns it, in eval mode. Raises InputError, NotFinite.
+    batches: an iterable of x (B, C, H, W) in [0, 1], y (B,), such as a DataLoader: one update of φ each. optimizer:
+    the LearnedOptimizer to go on with; default a new one. lr: Adam's. Returns it, in eval mode. Raises InputError,
+    NotFinite.
     """
     optimizer = optimizer or LearnedOptimizer()
     opt_phi = torch.optim.Adam(optimizer.parameters(), lr)
@@ -280,8 +281,8 @@ class Settings:
     model: str = setting(None, "the classifier; default small, for cifar10 vgg16", choices=MODELS)
     data_dir: str = setting(None, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, then data/")
     limit: int = setting(None, "train on so many images; default all but the 1,000 held out", COUNT)
-    eps: float = setting(None, "radius of the attack in [0, 1] pixels, 8/255 or 0.031; default 8/255, mnist 0.3", PIXELS)
-    eps_warmup: float = setting(None, "share of the training in which eps grows from 0; by model and data", number(0, 1))
+    eps: float = setting(None, "radius of the attack, in [0, 1] pixels; default 8/255, mnist 0.3", PIXELS)
+    eps_warmup: float = setting(None, "share of the training in which eps grows; by model and data", number(0, 1))
     steps: int = setting(10, "T, the inner steps; default 10", COUNT)
     step_size: float = setting(None, "PGD's step; default eps/4, with line search its longest step, eps", PIXELS)
     beta: float = setting(6.0, "weight of TRADES' robust term; default 6", POSITIVE)
@@ -330,13 +331,14 @@ class Training:
     def __init__(self, settings, model=None, data=None):
         self.device, self.rows = pick_device(settings.device), []
         settings = self.settings = replace(
-            settings, model=OWN if model else settings.model, dataset=OWN if data else settings.dataset,
+            settings, model=settings.model if model is None else OWN, dataset=settings.dataset if data is None else OWN,
             precision=settings.precision or ("bf16" if self.device.type == "cuda" else "fp32"))
         data = hold_out(data or load_dataset(settings.dataset, settings.data_dir), settings.limit)
-        (self.x, self.y), self.held_out = ([part.to(self.device) for part in each] for each in data)
+        (self.x, self.y), (x, y) = ([part.to(self.device) for part in each] for each in data)
+        self.held_out = to_unit(x), y
         (_, world), batch_size = processes(), min(settings.batch_size, len(self.x))
         if batch_size % world or batch_size < 2 * world:
-            raise InputError(f"a batch of {batch_size} does not give each of {world} process(es) the same number, two or more")
+            raise InputError(f"{batch_size} images do not give {world} process(es) the same number each, two or more")
         torch.manual_seed(settings.seed)
         if model is None:
             model = MODELS[settings.model](in_channels=self.x.shape[1])
@@ -419,11 +421,11 @@ class Training:
 def train(settings, model=None, data=None, resume=False):
     """Train by settings.method; a row per epoch on stdout and, as JSON, in the run's folder. Returns the rows.
 
-    model, data: a classifier and a baselines.Dataset of your own in place of those that the settings name (which give the
-    defaults); data of your own is not augmented. best.pt is chosen by accuracy under PGD-10 (for `plain`, natural accuracy) on held-out training images, never on test images.
-    resume: go on after the last finished epoch, if there is one. On a CPU, in one process with as many threads, this ends
-    in the same weights, bit for bit, as a training that was never interrupted. Raises InputError before anything is
-    written; NotFinite.
+    model, data: a classifier and a baselines.Dataset (not augmented) of your own, in place of those that the settings
+    name. best.pt is chosen by accuracy under PGD-10 (for `plain`, without an attack) on held-out training images.
+    resume: go on after the last finished epoch, if there is one. On a CPU, in one process with as many threads, this
+    ends in the same weights, bit for bit, as a training that was never interrupted. Raises InputError before anything
+    is written; NotFinite.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():  # started by torchrun
         distributed.init_process_group("nccl" if pick_device(settings.device).type == "cuda" else "gloo")
@@ -434,23 +436,22 @@ def train(settings, model=None, data=None, resume=False):
     if last.exists():
         run.restore()
     settings, (rank, world) = run.settings, processes()
-    for player in (run.model, run.optimizer):
-        if player and world > 1:
-            share_gradients(player)
-    x, y = to_unit(run.held_out[0]), run.held_out[1]
+    if world > 1:
+        share_gradients(run.model, run.optimizer)
     if rank == 0:
-        print(f"{settings.method}, {settings.dataset} ({len(run.x)} images), {settings.model}, eps = {settings.eps * 255:g}/255, "
-              f"T = {settings.steps}, seed {settings.seed}, {run.device}; on {len(x)} held-out images accuracy in % and mean "
-              f"cross-entropy\n{'epoch':>5}{'loss':>9}{'natural':>16}{'pgd-10':>16}{'learned-10':>16}{'seconds':>9}")
+        print(f"{settings.method}, {settings.dataset} ({len(run.x)} images), {settings.model}, eps = "
+              f"{settings.eps * 255:g}/255, T = {settings.steps}, seed {settings.seed}, {run.device}; on "
+              f"{len(run.held_out[1])} held-out images accuracy in % and mean cross-entropy\n"
+              f"{'epoch':>5}{'loss':>9}{'natural':>16}{'pgd-10':>16}{'learned-10':>16}{'seconds':>9}")
     attacks = named_attacks(("pgd-10", "learned-10"), settings.eps, run.optimizer)
     last.parent.mkdir(parents=True, exist_ok=True)
     for epoch in range(len(run.rows) + 1, settings.epochs + 1):
         start = time.time()
         try:
             loss = run.epoch()
-            accuracy, losses = evaluate(run.model, x, y, attacks, losses=True)
+            accuracy, losses = evaluate(run.model, *run.held_out, attacks, losses=True)
         except NotFinite as error:
-            raise NotFinite(f"{settings.method}, epoch {epoch}: {error}; {settings.out} is as the epoch before left it") from None
+            raise NotFinite(f"{settings.method}, epoch {epoch}: {error}; the epoch before is saved, if any") from None
         seconds = round(time.time() - start, 1)
         run.rows.append({"epoch": epoch, "loss": loss, "accuracy": accuracy, "losses": losses, "seconds": seconds})
         if rank == 0:
@@ -465,17 +466,18 @@ def processes():
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
-def share_gradients(player):
-    """Give a module the weights of the first process, and from now on every gradient its mean over the processes, as soon
-    as it is computed."""
+def share_gradients(*players):
+    """Give modules (None is left out) the weights of the first process, and from now on every gradient its mean over
+    the processes, as soon as it is computed."""
     def average(weight):
         distributed.all_reduce(weight.grad)
         weight.grad /= distributed.get_world_size()
 
-    for tensor in player.state_dict().values():
-        distributed.broadcast(tensor, 0)
-    for weight in player.parameters():
-        weight.register_post_accumulate_grad_hook(average)
+    for player in filter(None, players):
+        for tensor in player.state_dict().values():
+            distributed.broadcast(tensor, 0)
+        for weight in player.parameters():
+            weight.register_post_accumulate_grad_hook(average)
 
 
 # Checkpoints: tensors and plain values, nothing that needs unpickling of code
@@ -527,8 +529,8 @@ def load_classifier(checkpoint):
 
 def named_attacks(names, eps, optimizer):
     """pgd-N, cw-N (with steps of eps/4), learned-N, sharp-N → {name: callable(model, x, y) → x'}, after N steps each;
-    without those that need a learned optimizer, if there is none. On cross-entropy or margins, whatever φ was trained on:
-    those are the stronger attacks. Raises InputError."""
+    without those that need a learned optimizer, if there is none. On cross-entropy or margins, whatever φ was trained
+    on: those are the stronger attacks. Raises InputError."""
     def attack(family, steps):
         budget = {"eps": eps, "steps": int(steps)}
         if family == "pgd":
@@ -540,7 +542,7 @@ def named_attacks(names, eps, optimizer):
 
     for name in names:
         if not re.fullmatch(r"(pgd|cw|learned|sharp)-[1-9]\d{0,5}", name):
-            raise InputError(f"unknown attack {name!r}: write pgd-10, cw-100, learned-10 or sharp-10, with any number of steps")
+            raise InputError(f"unknown attack {name!r}: write pgd-10, cw-100, learned-10 or sharp-10, or other steps")
     return {name: attack(*name.split("-")) for name in names if optimizer or name.startswith(("pgd", "cw"))}
 
 
@@ -564,16 +566,18 @@ def eval_command(args):
     data = load_dataset(dataset, args.data_dir or settings.data_dir)
     x, y = to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device)
     width = max(map(len, runs)) + 2
-    print(f"{dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, attack seed "
-          f"{args.seed}; accuracy in %\n{'run':{width}}{'model':9}{'seed':>4}" + "".join(f"{name:>12}" for name in columns))
+    print(f"{dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, attack "
+          f"seed {args.seed}; accuracy in %")
+    print(f"{'run':{width}}{'model':9}{'seed':>4}" + "".join(f"{name:>12}" for name in columns))
     for folder, (model, optimizer, settings) in runs.items():
         torch.manual_seed(args.seed)
         accuracy, loss = evaluate(model, x, y, attacks[folder], args.batch_size, losses=True)
         cells = (f"{100 * accuracy[name]:12.2f}" if name in accuracy else f"{'-':>12}" for name in columns)
         print(f"{folder:{width}}{settings.model:9}{settings.seed:4}{''.join(cells)}", flush=True)
-        result = {"run": Path(folder).name, "method": settings.method, "dataset": dataset, "model": settings.model, "eps": eps,
-                  "images": len(x), "checkpoint": args.checkpoint, "training_seed": settings.seed, "seed": args.seed,
-                  "batch_size": args.batch_size, "lender": None if optimizer else args.lend, "accuracy": accuracy, "loss": loss}
+        result = {"run": Path(folder).name, "method": settings.method, "dataset": dataset, "model": settings.model,
+                  "eps": eps, "images": len(x), "checkpoint": args.checkpoint, "training_seed": settings.seed,
+                  "seed": args.seed, "batch_size": args.batch_size, "lender": None if optimizer else args.lend,
+                  "accuracy": accuracy, "loss": loss}
         write_whole(Path(folder) / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
@@ -632,8 +636,8 @@ def main(argv=None):
     command.add_argument("--limit", type=COUNT, help="only the first so many test images")
     command.add_argument("--batch-size", type=COUNT, default=256)
     command.add_argument("--eps", type=PIXELS, help="default: the one trained with")
-    command.add_argument("--attacks", default="pgd-10,pgd-100,cw-100,learned-10", metavar="NAME,NAME", help="pgd-N, cw-N, "
-                         "learned-N, sharp-N (the learned one with longer steps); default %(default)s, the paper's")
+    command.add_argument("--attacks", default="pgd-10,pgd-100,cw-100,learned-10", metavar="NAME,NAME",
+                         help="pgd-N, cw-N, learned-N, sharp-N (learned-N with longer steps); default %(default)s")
     command.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
     command.add_argument("--data-dir", help="default: as in training")
     command.add_argument("--device", default="auto")

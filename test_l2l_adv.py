@@ -728,12 +728,14 @@ def test_an_epoch_takes_every_image_once_at_the_schedule_s_rate_and_eps(tmp_path
 
 @pytest.mark.parametrize("method, score", [("advtrain", "pgd-10"), ("plain", "natural")])
 def test_the_best_checkpoint_is_the_best_on_held_out_images(tiny, monkeypatch, method, score):
-    scores, seen = iter([0.2, 0.5, 0.5, 0.1]), []
+    scores, seen, augmented = iter([0.2, 0.5, 0.5, 0.1]), [], []
+    monkeypatch.setattr(l2l_adv, "augment", lambda x: augmented.extend(x) or x)
     monkeypatch.setattr(l2l_adv, "evaluate", lambda model, x, y, attacks, losses: seen.append(x) or (
         {"natural": 0.9, "pgd-10": 0.9, score: next(scores)}, {}))
     assert main([*tiny, "--method", method, "--epochs", "4", "--out", "run"]) == 0
     assert [len(saved(f"run/{name}.pt")["rows"]) for name in ("best", "last")] == [2, 4]
-    assert all(torch.equal(x, to_unit(hold_out(load_dataset("cifar10"))[1][0])) for x in seen) and len(seen) == 4
+    assert all(torch.equal(x, to_unit(hold_out(load_dataset("cifar10"))[1][0])) for x in seen)
+    assert len(seen) == 4 and len(augmented) == 4 * 24
 
 
 def test_a_model_and_data_of_the_callers_own(tmp_path):
@@ -881,6 +883,10 @@ def test_a_damaged_file_is_read_or_refused_but_never_more(tiny, kind):
     assert refused > FUZZ * (0.8 if kind == "last.pt" else 0.25)
     path.write_bytes(raw)
     read()
+    if kind == "last.pt":  # a single bit of the weights
+        path.write_bytes(raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1:])
+        with pytest.raises(InputError, match="checksum"):
+            read()
 
 
 def test_a_malicious_checkpoint_is_refused_unexecuted(tiny, tmp_path, capsys):
@@ -1059,8 +1065,7 @@ case "$3" in $FAILS) exit "$STATUS" ;; esac
 
 @pytest.fixture
 def run_cifar(tmp_path, monkeypatch):
-    """Runs run_cifar.sh with a stand-in for Python, from a folder whose name has a space → (status, stdout, stderr, what the
-    stand-in was asked for)."""
+    """Runs a copy of run_cifar.sh with a stand-in for Python → (status, stdout, stderr, what the stand-in was asked)."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").write_text(STAND_IN)
     (tmp_path / "bin" / "python3").chmod(0o755)

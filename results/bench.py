@@ -25,21 +25,24 @@ def bench(args):
     x, y = torch.randint(0, 256, (2 * args.batch_size, *shape)).byte(), torch.randint(0, 10, (2 * args.batch_size,))
     runs = {}
     for method in args.methods.split(","):
-        settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, batch_size=args.batch_size,
-                            cell=args.cell, lr=1e-9, precision=args.precision, compile=args.compile, device=args.device)
+        settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, lr=1e-9, cell=args.cell,
+                            batch_size=args.batch_size, precision=args.precision, compile=args.compile,
+                            device=args.device)
         runs[method] = Training(settings, data=Dataset(x, y, x, y))
     device = next(iter(runs.values())).device
     x, y = to_unit(x[:args.batch_size]).to(device), y[:args.batch_size].to(device)
-    seconds, peaks = measure({method: lambda run=run: run.step(x, y) for method, run in runs.items()}, args.rounds, device)
-    costs = {method: {"ms_per_image": 1000 * each / len(x), "peak_mb": peaks[method]} for method, each in seconds.items()}
+    jobs = {method: lambda run=run: run.step(x, y) for method, run in runs.items()}
+    seconds, peaks = measure(jobs, args.rounds, device)
+    costs = {method: {"ms_per_image": 1000 * seconds[method] / len(x), "peak_mb": peaks[method]} for method in jobs}
     for cost in costs.values():
         cost["ratio"] = cost["ms_per_image"] / costs["advtrain"]["ms_per_image"] if "advtrain" in costs else None
     if args.json:
         print(json.dumps({"model": args.model, "batch_size": len(x), "cell": args.cell, "device": str(device),
                           "threads": torch.get_num_threads(), "torch": torch.__version__, "methods": costs}))
         return
-    print(f"{args.model}, batch {len(x)}, {dataset}'s size, T = 10, {args.cell}, {device}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, median of {args.rounds} rounds\n{'':14}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>9}")
+    print(f"{args.model}, batch {len(x)}, {dataset}'s size, T = 10, {args.cell}, {device}, {torch.get_num_threads()} "
+          f"threads, torch {torch.__version__}, median of {args.rounds} rounds")
+    print(f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>9}")
     for method, cost in costs.items():
         print(f"{method:14}{cost['ms_per_image']:10.3f}{cost['ratio'] or 0:12.3f}{cost['peak_mb'] or 0:9.0f}")
 
@@ -80,7 +83,7 @@ def peak_memory(device, reset=False):
 def main(argv=None):
     parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
     parser.set_defaults(command=bench)
-    parser.add_argument("--model", choices=MODELS, default="vgg16", help="small is timed on MNIST's size, the others on 32x32")
+    parser.add_argument("--model", choices=MODELS, default="vgg16", help="small: MNIST's size, else 32x32")
     parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,NAME")
     parser.add_argument("--batch-size", type=COUNT, default=32, metavar="X")
     parser.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")

@@ -5,7 +5,7 @@
 #   MODEL=resnet18 bash results/reproduce.sh cifar10 rnn-trades-s0 trades-s0       another classifier than vgg16
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
-# Environment: JOBS at once (2), RUNS (runs/DATASET-MODEL; numbers go to RUNS/numbers); to rehearse EPOCHS, LIMIT, TEST_LIMIT.
+# Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers); to rehearse EPOCHS, LIMIT, TEST_LIMIT.
 # AutoAttack needs a package: python3 -m pip install --no-deps torchattacks scipy
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
