@@ -440,9 +440,8 @@ def train(settings, model=None, data=None, resume=False):
         share_gradients(run.model, run.optimizer)
     if rank == 0:
         print(f"{settings.method}, {settings.dataset} ({len(run.x)} images), {settings.model}, eps = "
-              f"{settings.eps * 255:g}/255, T = {settings.steps}, seed {settings.seed}, {run.device}; on "
-              f"{len(run.held_out[1])} held-out images accuracy in % and mean cross-entropy\n"
-              f"{'epoch':>5}{'loss':>9}{'natural':>16}{'pgd-10':>16}{'learned-10':>16}{'seconds':>9}")
+              f"{settings.eps * 255:g}/255, T = {settings.steps}, seed {settings.seed}, {run.device}; accuracy in % and "
+              f"loss held out\n{'epoch':>5}{'loss':>9}{'natural':>16}{'pgd-10':>16}{'learned-10':>16}{'seconds':>9}")
     attacks = named_attacks(("pgd-10", "learned-10"), settings.eps, run.optimizer)
     last.parent.mkdir(parents=True, exist_ok=True)
     for epoch in range(len(run.rows) + 1, settings.epochs + 1):

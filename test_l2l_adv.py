@@ -837,7 +837,7 @@ def test_a_training_that_stopped_goes_on_to_the_same_bits(tiny, monkeypatch, cap
         with monkeypatch.context() as patch:
             patch.setattr(Training, "step", stopping_step)
             assert main([*flags, "run"]) == {"nan": 1, "ctrl-c": 130}[stop]
-        words = "goes on by --resume" if stop == "ctrl-c" else f"{method}, epoch 2: .*not finite.*; run is as .* it"
+        words = "goes on by --resume" if stop == "ctrl-c" else f"{method}, epoch 2: .*not finite.*; the epoch before is saved, if any"
         assert re.search(f"{words}\n$", capsys.readouterr().err) and len(saved("run/last.pt")["rows"]) == 1
     else:  # kill -9 at any moment
         delay = np.random.default_rng(stop + 1000 * KILLS).uniform(0, time.time() - start)
@@ -1065,7 +1065,7 @@ case "$3" in $FAILS) exit "$STATUS" ;; esac
 
 @pytest.fixture
 def run_cifar(tmp_path, monkeypatch):
-    """Runs a copy of run_cifar.sh with a stand-in for Python → (status, stdout, stderr, what the stand-in was asked)."""
+    """Runs a copy of run_cifar.sh with a stand-in for Python → (status, stdout, stderr, what it asked for)."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").write_text(STAND_IN)
     (tmp_path / "bin" / "python3").chmod(0o755)

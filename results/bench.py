@@ -25,9 +25,9 @@ def bench(args):
     x, y = torch.randint(0, 256, (2 * args.batch_size, *shape)).byte(), torch.randint(0, 10, (2 * args.batch_size,))
     runs = {}
     for method in args.methods.split(","):
-        settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, lr=1e-9, cell=args.cell,
-                            batch_size=args.batch_size, precision=args.precision, compile=args.compile,
-                            device=args.device)
+        settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, lr=1e-9,
+                            cell=args.cell, batch_size=args.batch_size, precision=args.precision,
+                            compile=args.compile, device=args.device)
         runs[method] = Training(settings, data=Dataset(x, y, x, y))
     device = next(iter(runs.values())).device
     x, y = to_unit(x[:args.batch_size]).to(device), y[:args.batch_size].to(device)
