@@ -514,8 +514,8 @@ def hold_out(data, limit=None):
     """Split the training images into training (at most `limit`) and held-out ones: 1,000, or a fifth of a small set.
     Always the same split, whatever the run's seed. Returns (x_train, y_train), (x_held_out, y_held_out). Raises
     InputError."""
-    if data.x_train.dtype != torch.uint8:
-        raise InputError(f"a Dataset holds uint8 images, 0 to 255, not {data.x_train.dtype}")
+    if data.x_train.dtype != torch.uint8 or len(data.x_train) < 5:
+        raise InputError(f"a Dataset holds five or more uint8 images, not {len(data.x_train)} of {data.x_train.dtype}")
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
     n = min(1000, len(order) // 5)
     train, held_out = order[n:][:limit], order[:n]

@@ -31,7 +31,6 @@ import time
 import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,8 +59,8 @@ class LearnedOptimizer(nn.Module):
 
     def __init__(self, hidden_size=10, cell="lstm"):
         super().__init__()
-        if cell not in ("lstm", "rnn"):
-            raise InputError(f"unknown cell {cell!r}: choose lstm or rnn")
+        if cell not in ("lstm", "rnn") or hidden_size < 1:
+            raise InputError(f"unknown cell {cell!r} or hidden size {hidden_size}: choose lstm or rnn, and 1 or more")
         self.cell, self.hidden_size = cell, hidden_size
         gates, bound = (4 if cell == "lstm" else 1), hidden_size ** -0.5
         self.W = nn.Parameter(torch.empty(gates * hidden_size, 1 + hidden_size).uniform_(-bound, bound))
@@ -252,8 +251,9 @@ DEFAULTS = {  # of the settings that are left at None: by data set, then by mode
 def number(low, high, whole=False):
     """A parser for argparse: of a number of at least `low` and below `high`."""
     def parse(text):
+        numerator, _, denominator = text.partition("/")
         with suppress(ValueError, ArithmeticError):
-            value = int(text) if whole else float(Fraction(text))
+            value = int(text) if whole else float(numerator) / float(denominator or 1)
             if low <= value < high:
                 return value
         kind = "whole number" if whole else "number, such as 0.031 or 8/255,"
@@ -595,8 +595,10 @@ def pick_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.zeros(1, device=name).sum().device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the device `meta` makes tensors, but has no numbers
+        return probe.device
+    except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {name!r} here ({one_line(error)}): auto, cpu, cuda or cuda:1") from None
 
 
