@@ -987,9 +987,9 @@ def is_refused(argv, words, capsys):
 @pytest.mark.parametrize("flags", """
     --method fgsm; --model alexnet; --dataset svhn; --cell gru; --precision fp8; --compile maybe; --eps 0; --eps 8;
     --eps 8/0; --eps nan; --eps=-8/255; --eps-warmup 1.1; --steps 1.5; --epochs two; --bogus; --step-size 2; --beta 0;
-    --phi-lr -1; --lr inf; --lr 1e999999999; --batch-size 9999999999; --limit 0; --seed -1; --out=; --batch-
-    size 1 = two or more; --limit 1 = two or more; --device tpu9 = no device; --device meta = no device; --data-
-    dir nowhere = no cifar10 in nowhere; --dataset mnist --data-dir . = no mnist""".split(";"))
+    --phi-lr -1; --lr inf; --lr 1e999999999; --batch-size 9999999999; --limit 0; --seed -1; --out=;
+    --batch-size 1 = two or more; --limit 1 = two or more; --device tpu9 = no device; --device meta = no device;
+    --data-dir nowhere = no cifar10 in nowhere; --dataset mnist --data-dir . = no mnist""".split(";"))
 def test_train_refuses_bad_input(tiny, capsys, flags):
     flags, _, words = flags.strip().partition(" = ")  # the line names the flag, or says this
     assert is_refused([*tiny, "--out", "run", *flags.split()], words or re.match("--[a-z-]+", flags)[0], capsys)
