@@ -1,14 +1,10 @@
 """What was there before the paper: everything that adversarial training needs and a learned optimizer does not change.
 
-    1. threat model     the l-infinity ball of radius eps and the pixel box [0, 1]
-    2. objectives       AdvTrain (Madry et al. 2018), Trades (Zhang et al. 2019), Margin (Carlini & Wagner 2017)
-    3. attacks          pgd, with an optional backtracking line search, and cw_linf
-    4. evaluation       accuracy under each attack, and the per-image worst case
-    5. classifiers      SmallCNN, VGG16, ResNet18, WideResNet; normalisation inside
-    6. data             synthetic, MNIST, CIFAR-10 as uint8 tensors
+1 threat model, 2 objectives, 3 attacks, 4 evaluation, 5 classifiers, 6 data. The learned optimizer of Xiong & Hsieh
+(ECCV 2020) is in l2l_adv.py, which imports this file.
 
 Images are float tensors in [0, 1], (B, C, H, W). eps and step sizes are in the same pixel scale: CIFAR-10's usual
-radius is eps=8/255. The learned optimizer of Xiong & Hsieh (ECCV 2020) is in l2l_adv.py, which imports this file.
+radius is eps=8/255.
 
 [1] Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, arXiv 1706.06083
 [2] Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019, arXiv 1901.08573
@@ -443,20 +439,18 @@ def read_mnist(folder, ending):
 
 
 def read_cifar10(folder, ending):
-    """The six batches, binary or pickled → Dataset."""
+    """The six batches → Dataset. Binary ones hold records of 1 label byte and 1,024 red, green and blue bytes each."""
+    def read_binary(path):
+        with reading(path):
+            records = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 3073)
+            return records[:, 1:], records[:, 0]
+
     read = read_binary if ending == ".bin" else read_pickle
     pixels, labels = zip(*(read(folder / f"{name}{ending}") for name in CIFAR10_FILES))  # (N, 3072), (N,) each
     if len({len(part) for part in (*pixels, *labels)}) > 1:
         raise InputError(f"the batches in {folder} differ in size, so one is truncated: fetch them again")
     return to_dataset(folder, np.concatenate(pixels[:5]).reshape(-1, 3, 32, 32), np.concatenate(labels[:5]),
                       pixels[5].reshape(-1, 3, 32, 32), labels[5])
-
-
-def read_binary(path):
-    """CIFAR-10's binary records: 1 label byte, then 1,024 red, 1,024 green and 1,024 blue bytes, row by row."""
-    with reading(path):
-        records = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 3073)
-        return records[:, 1:], records[:, 0]
 
 
 def read_pickle(path):

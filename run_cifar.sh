@@ -52,7 +52,7 @@ OUT=${OUT:-runs/$dataset-$MODEL-n$LIMIT-e$EPOCHS-s$SEED}
 limit=() test_limit=()
 [[ $LIMIT == 0 ]] || limit=(--limit "$LIMIT")
 [[ $TEST_LIMIT == 0 ]] || test_limit=(--limit "$TEST_LIMIT")
-# glibc is to keep freed memory: on a CPU all training is a third faster (results/cost.md)
+# glibc is to keep freed memory: on a CPU all training is up to 1.6 times faster (results/cost.md)
 export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
 
 # ---- Train by each method, and evaluate what was trained -------------------------------------------------------------

@@ -2,8 +2,7 @@
 
     python3 results/bench.py --model vgg16 [--json]
 
-Every method takes its turn in several rounds after a warm-up, so that a machine that slows down slows all of them. A
-table, or one object with --json: milliseconds per image and peak memory, and the ratio to AdvTrain.
+Every method takes its turn in several rounds, so that a machine that slows down slows all of them.
 """
 import ctypes
 import json
@@ -25,9 +24,8 @@ def bench(args):
     x, y = torch.randint(0, 256, (2 * args.batch_size, *shape)).byte(), torch.randint(0, 10, (2 * args.batch_size,))
     runs = {}
     for method in args.methods.split(","):
-        settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, lr=1e-9,
-                            cell=args.cell, batch_size=args.batch_size, precision=args.precision,
-                            compile=args.compile, device=args.device)
+        settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, cell=args.cell,
+                            lr=1e-9, batch_size=args.batch_size, precision=args.precision, compile=args.compile)
         runs[method] = Training(settings, data=Dataset(x, y, x, y))
     device = next(iter(runs.values())).device
     x, y = to_unit(x[:args.batch_size]).to(device), y[:args.batch_size].to(device)
@@ -90,7 +88,6 @@ def main(argv=None):
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: as in training")
     parser.add_argument("--compile", choices=("no", "yes"), default="no")
     parser.add_argument("--rounds", type=COUNT, default=5, metavar="X")
-    parser.add_argument("--device", default="auto", metavar="X")
     parser.add_argument("--json", action="store_true")
     return as_program(parser.parse_args(argv))
 

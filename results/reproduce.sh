@@ -17,7 +17,6 @@ if [[ $dataset == mnist ]]; then
     flags+=(--precision bf16) model=small few=${TEST_LIMIT:-500} some=${TEST_LIMIT:-2000}
     names+=("${main[@]/%0/2}" {trades,rnn-trades}-s{3,4} {plain,advtrain-bls,rnn-trades-rnn}-s0 rnn-adv-rnn-s{0,1,2})
 fi
-# glibc is to keep freed memory: on a CPU all training is a third faster
 export RUNS=${RUNS:-runs/$dataset${MODEL:+-$MODEL}} MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
 
 if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: first to train it, then to attack it
