@@ -356,7 +356,8 @@ class Training:
         self.trained_model = InBf16(model) if settings.precision == "bf16" else model  # evaluation takes self.model
         if settings.compile == "yes":
             self.trained_model.compile()
-            self.optimizer and self.optimizer.compile()
+            if self.optimizer:
+                self.optimizer.compile()
 
     def step(self, x, y, ramp=1.0):
         """One update by settings.method, with eps times `ramp`, on x (B, C, H, W), y (B,). Returns the outer loss."""

@@ -155,7 +155,10 @@ def test_attacks_stay_in_the_ball_and_the_box_see_eval_mode_and_leave_no_trace_o
     model[0].bias.grad = None
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    seeded(1, torch.rand_like if name == "pgd-uniform" else torch.randn_like, x)
+    random_state = torch.get_rng_state()
     x_adv = seeded(1, attack, model, x, y)
+    assert torch.equal(torch.get_rng_state(), random_state)  # it draws its start, as every attack, and nothing else
     assert x_adv.shape == x.shape and not x_adv.requires_grad
     assert x_adv.min() >= 0 and x_adv.max() <= 1 and (x_adv - x).abs().max() <= eps + 1e-6
     with pytest.raises((IndexError, RuntimeError)):  # the modes come back after an error too
@@ -993,6 +996,10 @@ def is_refused(argv, words, capsys):
 def test_train_refuses_bad_input(tiny, capsys, flags):
     flags, _, words = flags.strip().partition(" = ")  # the line names the flag, or says this
     assert is_refused([*tiny, "--out", "run", *flags.split()], words or re.match("--[a-z-]+", flags)[0], capsys)
+
+
+def test_numbers_on_the_command_line_may_be_fractions():
+    assert [l2l_adv.PIXELS("8/255"), l2l_adv.PIXELS("0.031"), l2l_adv.COUNT("3")] == [8 / 255, 0.031, 3]
 
 
 def test_a_folder_with_a_run_is_not_overwritten_nor_resumed_with_other_settings(tiny, capsys):
