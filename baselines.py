@@ -427,7 +427,7 @@ def download_cifar10(folder):
 def read_mnist(folder, ending):
     """The four idx files → Dataset. Each holds 0, 0, 8 (uint8), the number of dimensions, their sizes, the values."""
     def read(name, dims):
-        with reading(folder / f"{name}-idx{dims}-ubyte{ending}") as path:
+        with as_input_error(folder / f"{name}-idx{dims}-ubyte{ending}") as path:
             raw = gzip.decompress(path.read_bytes()) if ending == ".gz" else path.read_bytes()
             if raw[:4] != bytes((0, 0, 8, dims)):
                 raise ValueError(f"not an idx file of {dims} dimension(s)")
@@ -441,7 +441,7 @@ def read_mnist(folder, ending):
 def read_cifar10(folder, ending):
     """The six batches → Dataset. Binary ones hold records of 1 label byte and 1,024 red, green and blue bytes each."""
     def read_binary(path):
-        with reading(path):
+        with as_input_error(path):
             records = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 3073)
             return records[:, 1:], records[:, 0]
 
@@ -456,7 +456,7 @@ def read_cifar10(folder, ending):
 def read_pickle(path):
     """One file of cifar-10-batches-py, a pickled dictionary. It is not unpickled, so nothing can be executed: its
     opcodes are read as text. The pixels are the longest string in it, the labels the integers after "labels"."""
-    with reading(path):
+    with as_input_error(path):
         strings, labels = [b""], []
         for opcode, argument, _ in pickletools.genops(path.read_bytes()):
             if isinstance(argument, (str, bytes, bytearray)):
@@ -467,7 +467,7 @@ def read_pickle(path):
 
 
 @contextmanager
-def reading(path):
+def as_input_error(path):
     """Whatever goes wrong inside is the file's fault: a damaged one can raise anything."""
     try:
         yield path

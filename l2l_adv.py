@@ -38,9 +38,9 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from baselines import (DATASETS, MODELS, AdvTrain, InputError, NotFinite, Trades, augment, check, cw_linf, eval_mode,
-                       evaluate, hold_out, input_gradient, load_dataset, one_line, pgd, progress, project, reading,
-                       start_point, to_unit)
+from baselines import (DATASETS, MODELS, AdvTrain, InputError, NotFinite, Trades, as_input_error, augment, check,
+                       cw_linf, eval_mode, evaluate, hold_out, input_gradient, load_dataset, one_line, pgd, progress,
+                       project, start_point, to_unit)
 
 
 # ---- 1. The learned optimizer m_φ -----------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ class Training:
                      if before[name] != now[name] and name not in ("out", "data_dir", "device")]
         if differing:
             raise InputError(f"{path} cannot be resumed with other settings: {'; '.join(differing)}")
-        with reading(path):
+        with as_input_error(path):
             self.rows = checkpoint["rows"]
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
@@ -494,7 +494,7 @@ def write_whole(path, data):
 
 def read_checkpoint(path, device="cpu"):
     """The dictionary that Training.save wrote. Only tensors and plain values are read. Raises InputError."""
-    with reading(path):
+    with as_input_error(path):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums that torch.save wrote
         if damaged:
             raise ValueError(f"wrong checksum of {damaged}")
@@ -510,7 +510,7 @@ def load_run(folder, which="best", device="cpu", model=None):
     settings, weights, optimizer = checkpoint["settings"], checkpoint["model"], None
     if settings.model == OWN and model is None:
         raise InputError(f"{path} is of a model of your own: give it to load_run")
-    with reading(path):
+    with as_input_error(path):
         model = model or MODELS[settings.model](in_channels=weights["mean"].numel())
         model.to(device, memory_format=torch.channels_last).load_state_dict(weights)
         if "optimizer" in checkpoint:

@@ -9,12 +9,12 @@
 # AutoAttack needs a package: python3 -m pip install --no-deps torchattacks scipy
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-dataset=${1-} model=${MODEL:-vgg16} few=${TEST_LIMIT:-1000} some=${TEST_LIMIT:-10000} all=${TEST_LIMIT:-10000}
+dataset=${1-} model=${MODEL:-vgg16} n_autoattack=${TEST_LIMIT:-1000} n_test=${TEST_LIMIT:-10000}
 flags=(--dataset "$dataset") main=({advtrain,rnn-adv,trades,rnn-trades}-s0) names=("${main[@]}" "${main[@]/%0/1}")
 [[ $dataset =~ ^(mnist|cifar10)$ ]] || { echo "reproduce.sh: say mnist or cifar10, see its top" >&2; exit 2; }
 if [[ $dataset == mnist ]]; then
     export OMP_NUM_THREADS=1
-    flags+=(--precision bf16) model=small few=${TEST_LIMIT:-500} some=${TEST_LIMIT:-2000}
+    flags+=(--precision bf16) model=small n_autoattack=${TEST_LIMIT:-500} n_test=${TEST_LIMIT:-2000}
     names+=("${main[@]/%0/2}" {trades,rnn-trades}-s{3,4} {plain,advtrain-bls,rnn-trades-rnn}-s0 rnn-adv-rnn-s{0,1,2})
 fi
 export RUNS=${RUNS:-runs/$dataset${MODEL:+-$MODEL}} MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
@@ -34,12 +34,12 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
     }
     evaluate=(eval.json python3 l2l_adv.py eval "$run" --lend "$lender" --limit)
     cp "$run/log.jsonl" "$numbers.log.jsonl"
-    keep best "${evaluate[@]}" "$some"
-    keep last "${evaluate[@]}" "$some" --checkpoint last
-    keep sharp "${evaluate[@]}" "$some" --attacks learned-10,sharp-10
-    [[ $dataset != mnist ]] || keep all "${evaluate[@]}" "$all" --attacks pgd-10,learned-10
+    keep best "${evaluate[@]}" "$n_test"
+    keep last "${evaluate[@]}" "$n_test" --checkpoint last
+    keep sharp "${evaluate[@]}" "$n_test" --attacks learned-10,sharp-10
+    [[ $dataset != mnist ]] || keep all "${evaluate[@]}" "${TEST_LIMIT:-10000}" --attacks pgd-10,learned-10
     [[ " ${main[*]} " != *" $4 "* ]] ||
-        keep autoattack autoattack.json python3 results/sanity.py "$run" --autoattack --limit "$few"
+        keep autoattack autoattack.json python3 results/sanity.py "$run" --autoattack --limit "$n_autoattack"
     exit
 fi
 (($# == 1)) || names=("${@:2}")
@@ -50,7 +50,7 @@ for stage in train attack; do
 done
 if (($# == 1)); then
     python3 results/bench.py --model "$model" --json >"$RUNS/numbers/bench.json"
-    python3 results/analyse.py "${main[@]/#/$RUNS/}" --limit "$few" --json "$RUNS/numbers/analyses.json" \
+    python3 results/analyse.py "${main[@]/#/$RUNS/}" --limit "$n_autoattack" --json "$RUNS/numbers/analyses.json" \
         --figures "$RUNS/numbers" >"$RUNS/analyse.log"
 fi
 python3 results/table.py "$RUNS/numbers"

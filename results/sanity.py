@@ -37,8 +37,8 @@ def checks(run, others):
     yield "more steps do not raise accuracy", all(map(not_above, masks[1:], masks)), by_steps
     yield "iterations beat one step", not_above(pgd_10, one), {"one step of eps": one, "PGD-10": pgd_10}
     natural, noise = right(lambda _, x, y: x), right(lambda _, x, y: start_point(x, run.settings.eps, "uniform"))
-    few = 2 * (natural & ~noise).sum() < (natural & ~pgd_10).sum()
-    yield "noise breaks less than half as much as PGD-10", few, {"natural": natural, "noise": noise, "PGD-10": pgd_10}
+    rare = 2 * (natural & ~noise).sum() < (natural & ~pgd_10).sum()
+    yield "noise breaks less than half as much as PGD-10", rare, {"natural": natural, "noise": noise, "PGD-10": pgd_10}
     larger = {f"{k} eps": attacked(50, eps=min(k * run.settings.eps, 0.99)) for k in (4, 8)}
     yield "accuracy falls below 5 % as eps grows", larger["8 eps"].double().mean() < 0.05, larger
     zero = torch.cat([(input_gradient(run.model, x, AdvTrain(), y)[0] == 0).flatten(1).all(1)
