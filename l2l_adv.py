@@ -463,7 +463,9 @@ def train(settings, model=None, data=None, resume=False):
 
 def processes():
     """(rank, number of processes): (0, 1), unless torchrun started more."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def share_gradients(*players):
@@ -583,7 +585,7 @@ def eval_command(args):
 
 def train_command(args):
     train(Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), resume=args.resume)
-    if distributed.is_initialized():
+    if processes()[1] > 1:
         distributed.destroy_process_group()
 
 
