@@ -276,25 +276,25 @@ class Settings:
     """Everything that decides a run; `train --help` lists the same, and checks numbers. What is None here is set by
     DEFAULTS, or by the device. Raises InputError for a name that it does not know."""
     out: str = setting(None, "folder of the run, made by it: last.pt, best.pt, log.jsonl; later eval.json")
-    method: str = setting("rnn-adv", "who plays against whom; default rnn-adv", choices=METHODS)
-    dataset: str = setting("synthetic", "what is classified; default synthetic", choices=DATASETS)
+    method: str = setting("rnn-adv", "who plays against whom", choices=METHODS)
+    dataset: str = setting("synthetic", "what is classified", choices=DATASETS)
     model: str = setting(None, "the classifier; default small, for cifar10 vgg16", choices=MODELS)
     data_dir: str = setting(None, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, then data/")
     limit: int = setting(None, "train on so many images; default all but the 1,000 held out", COUNT)
     eps: float = setting(None, "radius of the attack, in [0, 1] pixels; default 8/255, mnist 0.3", PIXELS)
     eps_warmup: float = setting(None, "share of the training in which eps grows; by model and data", number(0, 1))
-    steps: int = setting(10, "T, the inner steps; default 10", COUNT)
+    steps: int = setting(10, "T, the inner steps", COUNT)
     step_size: float = setting(None, "PGD's step; default eps/4, with line search its longest step, eps", PIXELS)
-    beta: float = setting(6.0, "weight of TRADES' robust term; default 6", POSITIVE)
-    cell: str = setting("lstm", "the learned optimizer's recurrent cell; default lstm", choices=("lstm", "rnn"))
-    phi_lr: float = setting(0.01, "learning rate of the learned optimizer (Adam); default 0.01", POSITIVE)
+    beta: float = setting(6.0, "weight of TRADES' robust term", POSITIVE)
+    cell: str = setting("lstm", "the learned optimizer's recurrent cell", choices=("lstm", "rnn"))
+    phi_lr: float = setting(0.01, "learning rate of the learned optimizer (Adam)", POSITIVE)
     epochs: int = setting(None, "passes over the training images; default 3, cifar10 30", COUNT)
     batch_size: int = setting(None, "images per step; default 64 for small, else 128", COUNT)
     lr: float = setting(None, "peak learning rate of the classifier (SGD, one-cycle); by model and data", POSITIVE)
     precision: str = setting(None, "in training; default bf16 on CUDA, else fp32", choices=("fp32", "bf16"))
-    compile: str = setting("no", "torch.compile both players; default no", choices=("no", "yes"))
-    seed: int = setting(0, "of everything random; default 0", SEED)
-    device: str = setting("auto", "auto (cuda where there is one), cpu, cuda, cuda:1; default auto")
+    compile: str = setting("no", "torch.compile both players", choices=("no", "yes"))
+    seed: int = setting(0, "of everything random", SEED)
+    device: str = setting("auto", "auto (cuda where there is one), cpu, cuda, cuda:1")
 
     def __post_init__(self):
         if not self.out:
@@ -310,6 +310,11 @@ class Settings:
                     setattr(self, name, value)
         if self.step_size is None:
             self.step_size = self.eps if METHODS[self.method][1] == "line search" else self.eps / 4
+
+
+def make_objective(settings):
+    """What settings.method plays for: AdvTrain, or Trades with its beta."""
+    return Trades(settings.beta) if METHODS[settings.method][0] is Trades else AdvTrain()
 
 
 class InBf16(nn.Module):
@@ -336,15 +341,14 @@ class Training:
         data = hold_out(data or load_dataset(settings.dataset, settings.data_dir), settings.limit)
         (self.x, self.y), (x, y) = ([part.to(self.device) for part in each] for each in data)
         self.held_out = to_unit(x), y
-        (_, world), batch_size = processes(), min(settings.batch_size, len(self.x))
-        if batch_size % world or batch_size < 2 * world:
-            raise InputError(f"{batch_size} images do not give {world} process(es) the same number each, two or more")
+        (_, world), self.batch_size = processes(), min(settings.batch_size, len(self.x))
+        if self.batch_size % world or self.batch_size < 2 * world:
+            raise InputError(f"{self.batch_size} images do not give {world} process(es) the same number, two or more")
         torch.manual_seed(settings.seed)
         if model is None:
             model = MODELS[settings.model](in_channels=self.x.shape[1])
             model.normalize_like(data[0][0])
-        objective, self.maximiser = METHODS[settings.method]
-        self.objective = Trades(settings.beta) if objective is Trades else objective()
+        self.objective, self.maximiser = make_objective(settings), METHODS[settings.method][1]
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.opt_theta = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
         self.optimizer = self.opt_phi = None
@@ -379,10 +383,9 @@ class Training:
         order = torch.from_numpy(rng.permutation(len(self.x))).to(self.device)  # (N,), the same in all processes
         torch.manual_seed(int(rng.integers(2 ** 60)) + rank)
         self.trained_model.train()
-        batch_size = min(settings.batch_size, len(self.x))
-        steps, total = len(self.x) // batch_size, 0.0
+        steps, total = len(self.x) // self.batch_size, 0.0
         for step in progress(range(steps), f"epoch {epoch + 1}"):
-            batch = order[step * batch_size:(step + 1) * batch_size][rank::world]
+            batch = order[step * self.batch_size:(step + 1) * self.batch_size][rank::world]
             x = augment(self.x[batch]) if settings.dataset == "cifar10" else self.x[batch]
             done = (epoch + (step + 0.5) / steps) / settings.epochs  # of the whole training, in (0, 1)
             for group in self.opt_theta.param_groups:  # one-cycle: to the peak within a third, and down to 0
@@ -404,9 +407,8 @@ class Training:
         write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         write_whole(out / "last.pt", checkpoint.getbuffer())
 
-    def restore(self):
-        """Take the state that `save` wrote. Raises InputError if it is of other settings."""
-        path = Path(self.settings.out, "last.pt")
+    def restore(self, path):
+        """Take the state that `save` wrote to last.pt, `path`. Raises InputError if it is of other settings."""
         checkpoint = read_checkpoint(path)
         before, now = asdict(checkpoint["settings"]), asdict(self.settings)
         differing = [f"{name} was {before[name]} and is {now[name]}" for name in now
@@ -435,14 +437,14 @@ def train(settings, model=None, data=None, resume=False):
         raise InputError(f"{last.parent} holds a run already: go on with it by --resume, or choose another --out")
     run = Training(settings, model, data)
     if last.exists():
-        run.restore()
+        run.restore(last)
     settings, (rank, world) = run.settings, processes()
     if world > 1:
         share_gradients(run.model, run.optimizer)
     if rank == 0:
         print(f"{settings.method}, {settings.dataset} ({len(run.x)} images), {settings.model}, eps = "
-              f"{settings.eps * 255:g}/255, T = {settings.steps}, seed {settings.seed}, {run.device}; accuracy in % and "
-              f"loss held out\n{'epoch':>5}{'loss':>9}{'natural':>16}{'pgd-10':>16}{'learned-10':>16}{'seconds':>9}")
+              f"{settings.eps * 255:g}/255, T = {settings.steps}, seed {settings.seed}, {run.device}; accuracy in % "
+              f"and loss\n{'epoch':>5}{'loss':>9}{'natural':>16}{'pgd-10':>16}{'learned-10':>16}{'seconds':>9}")
     attacks = named_attacks(("pgd-10", "learned-10"), settings.eps, run.optimizer)
     last.parent.mkdir(parents=True, exist_ok=True)
     for epoch in range(len(run.rows) + 1, settings.epochs + 1):
@@ -529,17 +531,20 @@ def load_classifier(checkpoint):
 
 # ---- 5. The command line: train, eval -------------------------------------------------------------------------------
 
-def named_attacks(names, eps, optimizer):
+SHARP = 10.0  # gain of sharp-N: longer steps than φ can learn, on MNIST the stronger attack
+
+
+def named_attacks(names, eps, optimizer, start="gaussian"):
     """pgd-N, cw-N (with steps of eps/4), learned-N, sharp-N → {name: callable(model, x, y) → x'}, after N steps each;
     without those that need a learned optimizer, if there is none. On cross-entropy or margins, whatever φ was trained
     on: those are the stronger attacks. Raises InputError."""
     def attack(family, steps):
-        budget = {"eps": eps, "steps": int(steps)}
+        budget = {"eps": eps, "steps": int(steps), "start": start}
         if family == "pgd":
             return lambda model, x, y: pgd(model, x, y, **budget, step_size=eps / 4)
         if family == "cw":
             return lambda model, x, y: cw_linf(model, x, y, **budget, step_size=eps / 4)
-        gain = 10.0 if family == "sharp" else 1.0  # longer steps than φ can learn: on MNIST the stronger attack
+        gain = SHARP if family == "sharp" else 1.0
         return lambda model, x, y: learned_attack(model, optimizer, x, y, **budget, gain=gain)
 
     for name in names:
@@ -548,42 +553,49 @@ def named_attacks(names, eps, optimizer):
     return {name: attack(*name.split("-")) for name in names if optimizer or name.startswith(("pgd", "cw"))}
 
 
-def eval_command(args):
-    """A table on stdout, a row per run; the same numbers, and the mean cross-entropies, in each run's eval.json."""
+def load_runs(args, eps=None):
+    """What add_run_arguments asks for → {folder: what load_run returns}, test images x (N, C, H, W) and y (N,), eps (of
+    the runs, unless it is given), a heading. Raises InputError."""
     device = pick_device(args.device)
     for folder in args.runs:
         if not Path(folder).is_dir():
             raise InputError(f"{folder} is not a run's folder")
     runs = {folder: load_run(folder, args.checkpoint, device) for folder in args.runs}
-    lent = load_run(args.lend, args.checkpoint, device)[1] if args.lend else None
+    settings = runs[args.runs[0]][2]
+    if len({(each.dataset, eps or each.eps) for _, _, each in runs.values()}) > 1:
+        raise InputError("these runs differ in data set or eps: make separate tables of them")
+    data, eps = load_dataset(settings.dataset, args.data_dir or settings.data_dir), eps or settings.eps
+    x, y = to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device)
+    return runs, x, y, eps, (f"{settings.dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, "
+                             f"{args.checkpoint} checkpoint, attack seed {args.seed}")
+
+
+def eval_command(args):
+    """A table on stdout, a row per run; the same numbers, and the mean cross-entropies, in each run's eval.json."""
+    runs, x, y, eps, heading = load_runs(args, args.eps)
+    lent = load_run(args.lend, args.checkpoint, x.device)[1] if args.lend else None
     if args.lend and not lent:
         raise InputError(f"{args.lend} has no learned optimizer to lend: take an rnn- run")
-    if len({(settings.dataset, args.eps or settings.eps) for _, _, settings in runs.values()}) > 1:
-        raise InputError("these runs differ in data set or eps: make separate tables of them")
-    settings = runs[args.runs[0]][2]
-    eps, dataset = args.eps or settings.eps, settings.dataset
     attacks = {folder: named_attacks(args.attacks.split(","), eps, optimizer or lent)
                for folder, (_, optimizer, _) in runs.items()}
     columns = ["natural", *args.attacks.split(","), "worst"]
-    data = load_dataset(dataset, args.data_dir or settings.data_dir)
-    x, y = to_unit(data.x_test[:args.limit]).to(device), data.y_test[:args.limit].to(device)
     width = max(map(len, runs)) + 2
-    print(f"{dataset}, eps = {eps * 255:g}/255, the first {len(x)} test images, {args.checkpoint} checkpoint, attack "
-          f"seed {args.seed}; accuracy in %")
+    print(f"{heading}; accuracy in %")
     print(f"{'run':{width}}{'model':9}{'seed':>4}" + "".join(f"{name:>12}" for name in columns))
     for folder, (model, optimizer, settings) in runs.items():
         torch.manual_seed(args.seed)
         accuracy, loss = evaluate(model, x, y, attacks[folder], args.batch_size, losses=True)
         cells = (f"{100 * accuracy[name]:12.2f}" if name in accuracy else f"{'-':>12}" for name in columns)
         print(f"{folder:{width}}{settings.model:9}{settings.seed:4}{''.join(cells)}", flush=True)
-        result = {"run": Path(folder).name, "method": settings.method, "dataset": dataset, "model": settings.model,
-                  "eps": eps, "images": len(x), "checkpoint": args.checkpoint, "training_seed": settings.seed,
-                  "seed": args.seed, "batch_size": args.batch_size, "lender": None if optimizer else args.lend,
-                  "accuracy": accuracy, "loss": loss}
+        result = {"run": Path(folder).name, "method": settings.method, "dataset": settings.dataset,
+                  "model": settings.model, "eps": eps, "images": len(x), "checkpoint": args.checkpoint,
+                  "training_seed": settings.seed, "seed": args.seed, "batch_size": args.batch_size,
+                  "lender": None if optimizer else args.lend, "accuracy": accuracy, "loss": loss}
         write_whole(Path(folder) / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def train_command(args):
+    """The command `train`."""
     train(Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), resume=args.resume)
     if processes()[1] > 1:
         distributed.destroy_process_group()
@@ -624,6 +636,18 @@ def as_program(args):
         return {NotFinite: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
 
+def add_run_arguments(command, limit=None):
+    """What `eval` and the scripts in results/ ask: which runs meet which images. limit: the default."""
+    command.add_argument("runs", nargs="+", help="run folders, all of one data set and eps")
+    command.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    command.add_argument("--limit", type=COUNT, default=limit,
+                         help=f"the first so many test images; default {limit or 'all'}")
+    command.add_argument("--batch-size", type=COUNT, default=256)
+    command.add_argument("--data-dir", help="where the data lies; default as in training")
+    command.add_argument("--device", default="auto")
+    command.add_argument("--seed", type=SEED, default=0, help="of the attacks")
+
+
 def main(argv=None):
     """python l2l_adv.py train … or eval …; returns the exit status."""
     parser = Parser(prog="l2l_adv.py", description=__doc__.splitlines()[0])
@@ -631,21 +655,17 @@ def main(argv=None):
     command = commands.add_parser("train", help="train one classifier by one method")
     command.set_defaults(command=train_command)
     for f in fields(Settings):
-        command.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)
+        default = "" if f.default is None else "; default %(default)s"
+        command.add_argument(f"--{f.name.replace('_', '-')}", default=f.default,
+                             **{**f.metadata, "help": f.metadata["help"] + default})
     command.add_argument("--resume", action="store_true", help="go on after the last finished epoch, or begin")
     command = commands.add_parser("eval", help="one table, a row per run; also eval.json in each run's folder")
     command.set_defaults(command=eval_command)
-    command.add_argument("runs", nargs="+", help="run folders")
-    command.add_argument("--checkpoint", choices=("best", "last"), default="best")
-    command.add_argument("--limit", type=COUNT, help="only the first so many test images")
-    command.add_argument("--batch-size", type=COUNT, default=256)
+    add_run_arguments(command)
     command.add_argument("--eps", type=PIXELS, help="default: the one trained with")
     command.add_argument("--attacks", default="pgd-10,pgd-100,cw-100,learned-10", metavar="NAME,NAME",
                          help="pgd-N, cw-N, learned-N, sharp-N (learned-N with longer steps); default %(default)s")
     command.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
-    command.add_argument("--data-dir", help="default: as in training")
-    command.add_argument("--device", default="auto")
-    command.add_argument("--seed", type=SEED, default=0, help="of the attacks")
     return as_program(parser.parse_args(argv))
 
 

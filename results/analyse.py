@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import AdvTrain, InputError, Trades, evaluate, input_gradient, pgd, project, start_point
-from l2l_adv import as_program, learned_attack, write_whole
+from baselines import AdvTrain, InputError, Trades, evaluate, input_gradient, pgd, project, sign, start_point
+from l2l_adv import SHARP, as_program, learned_attack, write_whole
 from results.runs import load, parser
 
 ANALYSES = "step", "longer", "transfer", "behaviour"
@@ -28,7 +28,7 @@ def momentum(model, x, y, *, eps, step_size, steps, objective):
     for _ in range(steps):
         g, _ = input_gradient(model, x_adv, objective, target)  # (B, C, H, W)
         gathered += g / g.abs().sum((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
-        x_adv = project(x_adv + step_size * gathered.sign(), x, eps)
+        x_adv = project(x_adv + step_size * sign(gathered), x, eps)
     return x_adv
 
 
@@ -42,7 +42,7 @@ def maximisers(run):
     result["line search"] = partial(pgd, run.model, eps=eps, step_size=eps, line_search=True)
     if run.optimizer:
         result["learned"] = partial(learned_attack, run.model, run.optimizer, eps=eps)
-        result["sharp"] = partial(result["learned"], gain=10.0)
+        result["sharp"] = partial(result["learned"], gain=SHARP)
     return result
 
 

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import AdvTrain, InputError, evaluate, input_gradient, pgd, start_point, under_attack
-from l2l_adv import COUNT, as_program, learned_attack, write_whole
+from l2l_adv import COUNT, as_program, named_attacks, write_whole
 from results.runs import load, parser
 
 
@@ -52,10 +52,7 @@ def checks(run, others):
 
 def restarts(run, n):
     """{attack: accuracy after n attacks from random points of the ball, all of which an image must survive}."""
-    budget = {"eps": run.settings.eps, "start": "uniform"}
-    attacks = {"pgd-50": lambda model, x, y: pgd(model, x, y, **budget, steps=50, step_size=run.settings.eps / 4)}
-    if run.optimizer:
-        attacks["learned-10"] = lambda model, x, y: learned_attack(model, run.optimizer, x, y, **budget, steps=10)
+    attacks = named_attacks(("pgd-50", "learned-10"), run.settings.eps, run.optimizer, start="uniform")
     return {name: evaluate(run.model, run.x, run.y, {str(i): attack for i in range(n)}, run.batch_size)["worst"]
             for name, attack in attacks.items()}
 
