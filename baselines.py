@@ -186,13 +186,13 @@ def backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size, trial
     """One step of sign ascent. Its length is halved, image by image, until Armijo's condition holds: the loss gains at
     least `slope` of what its linear model ⟨g, Δ⟩ promises. The last trial is taken as it is.
     (trials and slope are our choice: steps of eps, eps/2, eps/4 and eps/8 where step_size = eps.)"""
-    step = torch.full_like(loss, step_size)[:, None, None, None]  # (B, 1, 1, 1)
+    step, direction = torch.full_like(loss, step_size)[:, None, None, None], sign(g)  # (B, 1, 1, 1), (B, C, H, W)
     for _ in range(trials - 1):
-        x_new = project(x_adv + step * sign(g), x, eps)
+        x_new = project(x_adv + step * direction, x, eps)
         promised = (g * (x_new - x_adv)).sum((1, 2, 3))  # (B,)
         enough = objective.inner_loss(model(x_new), target) >= loss + slope * promised
         step = torch.where(enough[:, None, None, None], step, step / 2)
-    return project(x_adv + step * sign(g), x, eps)
+    return project(x_adv + step * direction, x, eps)
 
 
 def cw_linf(model, x, y, *, eps, step_size, steps, start="gaussian"):
@@ -384,13 +384,15 @@ def load_dataset(name, data_dir=None):
         return synthetic()
     named = data_dir or os.environ.get(f"{name.upper()}_DIR")
     root = Path(named or "data")
-    homes = ".", "mnist", "MNIST/raw", "cifar-10-batches-bin", "cifar-10-batches-py"
+    if name == "mnist":
+        first, endings, homes, read = "train-images-idx3-ubyte", ("", ".gz"), (".", "mnist", "MNIST/raw"), read_mnist
+    else:
+        first, endings, read = "data_batch_1", (".bin", ""), read_cifar10
+        homes = ".", "cifar-10-batches-bin", "cifar-10-batches-py"
     for folder in (root / home for home in homes):
-        for ending in ("", ".gz", ".bin"):
-            if name == "mnist" and (folder / f"train-images-idx3-ubyte{ending}").exists():
-                return read_mnist(folder, ending)
-            if name == "cifar10" and (folder / f"data_batch_1{ending}").exists():
-                return read_cifar10(folder, ending)
+        for ending in endings:
+            if (folder / f"{first}{ending}").exists():
+                return read(folder, ending)
     if name == "mnist":
         raise InputError(f"no mnist in {root}: put train-images-idx3-ubyte.gz and its three companions into "
                          f"{root / 'mnist'}, or name their folder by --data-dir or MNIST_DIR")

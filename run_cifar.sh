@@ -29,17 +29,18 @@ esac
 
 # ---- Python with torch and numpy: the one at hand, else one of our own -----------------------------------------------
 python=python3 venv=$here/.venv
-if ! $python -c 'import torch, numpy' 2>/dev/null; then
+has_cuda() { "$python" -c 'import numpy, torch; print(int(torch.cuda.is_available()))'; }  # fails without the two
+if ! cuda=$(has_cuda 2>/dev/null); then
     python=$venv/bin/python
-    if ! "$python" -c 'import torch, numpy' 2>/dev/null; then
+    if ! cuda=$(has_cuda 2>/dev/null); then
         echo "Installing torch and numpy into $venv (some minutes)"
         python3 -m venv "$venv" || fail "could not make $venv: install python3-venv, or torch and numpy yourself"
         "$python" -m pip install --quiet torch numpy || fail "could not install torch and numpy: is there a network?"
+        cuda=$(has_cuda)
     fi
 fi
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-cuda=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 METHODS=${METHODS:-plain advtrain trades rnn-adv rnn-trades} SEED=${SEED:-0}
 if [[ $dataset == synthetic ]]; then
     MODEL=${MODEL:-small} EPOCHS=${EPOCHS:-3} LIMIT=${LIMIT:-0} TEST_LIMIT=${TEST_LIMIT:-300}
