@@ -149,8 +149,9 @@ def phi_gradient(optimizer, opt_phi, trace, g_T, eps):
     for t, (u, g) in enumerate(zip(trace.inputs, gradients), start=1):
         delta, state = optimizer(u, state)
         x_adv = project(x_adv + eps * delta, trace.x, eps)
-        total = total + t * (g * x_adv).mean() * g_T[0].numel()  # w_t ⟨g_t, x'_t⟩, mean over the images
-    (-total / sum(range(1, len(gradients) + 1))).backward()
+        total = total + t * (g * x_adv).mean()  # w_t ⟨g_t, x'_t⟩, mean over the coordinates
+    per_image = g_T[0].numel() / sum(range(1, len(gradients) + 1))  # C·H·W coordinates each, over Σ w_t
+    (-per_image * total).backward()
     nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
 
 

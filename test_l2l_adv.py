@@ -1057,7 +1057,7 @@ def test_eval_refuses_bad_input_and_what_is_not_a_run(folders, monkeypatch, caps
 
 # ---- run_cifar.sh ----------------------------------------------------------------------------------------------------
 
-STAND_IN = f"""#!/bin/sh
+STAND_IN = """#!/bin/sh
 # python3 for run_cifar.sh: has torch unless NO_TORCH is set, has no CUDA, and plays train and eval.
 case "$*" in
     *"import numpy, torch"*) [ -z "$NO_TORCH" ] && echo 0; exit ;;
@@ -1065,7 +1065,7 @@ case "$*" in
 esac
 shift
 echo "$*" >>calls
-[ "$1" = train ] || {{ echo "the table"; exit; }}
+[ "$1" = train ] || { echo "the table"; exit; }
 case "$3" in $FAILS) exit "$STATUS" ;; esac
 """
 
