@@ -581,17 +581,18 @@ def eval_command(args):
                for folder, (_, optimizer, _) in runs.items()}
     columns = ["natural", *args.attacks.split(","), "worst"]
     width = max(map(len, runs)) + 2
-    print(f"{heading}; accuracy in %")
+    print(f"{heading}; accuracy in %{', after each attack and those before it' if args.quick else ''}")
     print(f"{'run':{width}}{'model':9}{'seed':>4}" + "".join(f"{name:>12}" for name in columns))
     for folder, (model, optimizer, settings) in runs.items():
         torch.manual_seed(args.seed)
-        accuracy, loss = evaluate(model, x, y, attacks[folder], args.batch_size, losses=True)
+        accuracy, loss = evaluate(model, x, y, attacks[folder], args.batch_size, losses=True, quick=args.quick)
         cells = (f"{100 * accuracy[name]:12.2f}" if name in accuracy else f"{'-':>12}" for name in columns)
         print(f"{folder:{width}}{settings.model:9}{settings.seed:4}{''.join(cells)}", flush=True)
         result = {"run": Path(folder).name, "method": settings.method, "dataset": settings.dataset,
                   "model": settings.model, "eps": eps, "images": len(x), "checkpoint": args.checkpoint,
                   "training_seed": settings.seed, "seed": args.seed, "batch_size": args.batch_size,
-                  "lender": None if optimizer else args.lend, "accuracy": accuracy, "loss": loss}
+                  "lender": None if optimizer else args.lend, "quick": args.quick, "accuracy": accuracy,
+                  "loss": None if args.quick else loss}
         write_whole(Path(folder) / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
@@ -666,6 +667,7 @@ def main(argv=None):
     command.add_argument("--eps", type=PIXELS, help="default: the one trained with")
     command.add_argument("--attacks", default="pgd-10,pgd-100,cw-100,learned-10", metavar="NAME,NAME",
                          help="pgd-N, cw-N, learned-N, sharp-N (learned-N with longer steps); default %(default)s")
+    command.add_argument("--quick", action="store_true", help="attack no image again that one attack broke")
     command.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
     return as_program(parser.parse_args(argv))
 

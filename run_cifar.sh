@@ -8,8 +8,9 @@
 #     METHODS      default "plain advtrain trades rnn-adv rnn-trades"; there is also advtrain-bls
 #     MODEL        small, vgg16, resnet18, wrn34       default vgg16 with CUDA, else small
 #     EPOCHS       passes over the training images     default 30 with CUDA, else 3
-#     LIMIT        training images, 0 for all          default 5000 for CIFAR-10 without CUDA, else 0
-#     TEST_LIMIT   test images, 0 for all              default 0 with CUDA, else 500 (synthetic: 300)
+#     LIMIT        training images at most             default 20000 for CIFAR-10 without CUDA, else all
+#     TEST_LIMIT   test images at most                 default all with CUDA, else 500
+#     JOBS         methods trained at the same time    default 1 with CUDA, else 2, which share the cores
 #     SEED         of everything random                default 0
 #     OUT          folder of the runs                  default runs/ and a name made of the settings
 #     CIFAR10_DIR  where CIFAR-10 lies                 default data/
@@ -21,8 +22,8 @@ trap 'echo "run_cifar.sh: stopped; the same command again goes on from here" >&2
 
 (($# <= 1)) || fail "settings are environment variables: see --help"
 case ${1-} in
-    '') dataset=cifar10 ;;
-    --synthetic) dataset=synthetic ;;
+    '') dataset=cifar10 all=49000 some=20000 ;;
+    --synthetic) dataset=synthetic all=3200 some=3200 ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
     *) fail "unknown option $1: see --help" ;;
 esac
@@ -42,33 +43,38 @@ fi
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 METHODS=${METHODS:-plain advtrain trades rnn-adv rnn-trades} SEED=${SEED:-0}
-if [[ $dataset == synthetic ]]; then
-    MODEL=${MODEL:-small} EPOCHS=${EPOCHS:-3} LIMIT=${LIMIT:-0} TEST_LIMIT=${TEST_LIMIT:-300}
-elif [[ $cuda == 1 ]]; then
-    MODEL=${MODEL:-vgg16} EPOCHS=${EPOCHS:-30} LIMIT=${LIMIT:-0} TEST_LIMIT=${TEST_LIMIT:-0}
+if [[ $cuda == 1 ]]; then
+    MODEL=${MODEL:-vgg16} EPOCHS=${EPOCHS:-30} LIMIT=${LIMIT:-$all} TEST_LIMIT=${TEST_LIMIT:-10000} JOBS=${JOBS:-1} quick=
 else
-    MODEL=${MODEL:-small} EPOCHS=${EPOCHS:-3} LIMIT=${LIMIT:-5000} TEST_LIMIT=${TEST_LIMIT:-500}
+    MODEL=${MODEL:-small} EPOCHS=${EPOCHS:-3} LIMIT=${LIMIT:-$some} TEST_LIMIT=${TEST_LIMIT:-500} JOBS=${JOBS:-2} quick=1
 fi
 OUT=${OUT:-runs/$dataset-$MODEL-n$LIMIT-e$EPOCHS-s$SEED}
-limit=() test_limit=()
-[[ $LIMIT == 0 ]] || limit=(--limit "$LIMIT")
-[[ $TEST_LIMIT == 0 ]] || test_limit=(--limit "$TEST_LIMIT")
+[[ "$EPOCHS $LIMIT $TEST_LIMIT $JOBS" =~ ^[1-9][0-9]*(\ [1-9][0-9]*){3}$ ]] ||
+    fail "EPOCHS, LIMIT, TEST_LIMIT and JOBS are whole numbers from 1 up"
+cores=$(getconf _NPROCESSORS_ONLN) threads=$(((cores + JOBS - 1) / JOBS))
 # glibc is to keep freed memory: on a CPU all training is up to 1.6 times faster (results/cost.md)
 export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
 
-# ---- Train by each method, and evaluate what was trained -------------------------------------------------------------
-trained=() failed=()
+# ---- Train by each method, JOBS at a time; evaluate what was trained -------------------------------------------------
+costs=$(OMP_NUM_THREADS=$threads "$python" "$here/results/bench.py" --dataset "$dataset" --model "$MODEL" \
+    --methods "${METHODS// /,}" --rounds 2 --json) || exit 2
+total='sum(method["ms_per_image"] for method in json.load(sys.stdin)["methods"].values())'
+ms=$("$python" -c "import json, sys; print(round($total))" <<<"$costs")
+echo "Training takes about $((1 + ms * LIMIT * EPOCHS / JOBS / 55000)) minutes on this machine."  # a tenth for checks
+
+longest_first=
+for method in $METHODS; do longest_first="$method"$'\n'"$longest_first"; done
+OMP_NUM_THREADS=$threads xargs -P "$JOBS" -I{} bash -c '"${@:2}" 2>&1 | sed "s/^/$(printf %-12s "$1")/"' _ {} \
+    "$python" "$here/l2l_adv.py" train --method {} --out "$OUT/{}" --dataset "$dataset" --model "$MODEL" \
+    --epochs "$EPOCHS" --limit "$LIMIT" --seed "$SEED" --resume <<<"$longest_first"
+
+trained=() status=0
 for method in $METHODS; do
-    status=0
-    "$python" "$here/l2l_adv.py" train --method "$method" --dataset "$dataset" --model "$MODEL" --epochs "$EPOCHS" \
-        --seed "$SEED" ${limit[@]+"${limit[@]}"} --out "$OUT/$method" --resume || status=$?
-    ((status != 2)) || exit 2  # a mistake in the settings or the data: the other methods would say the same
-    if ((status == 0)); then trained+=("$OUT/$method"); else failed+=("$method"); fi
+    if [[ -e $OUT/$method/log.jsonl && $(wc -l <"$OUT/$method/log.jsonl") -eq $EPOCHS ]]; then
+        trained+=("$OUT/$method")
+    else
+        echo "$method failed, see above: it is not in the table" && status=1
+    fi
 done
-if ((${#trained[@]})); then
-    "$python" "$here/l2l_adv.py" eval "${trained[@]}" ${test_limit[@]+"${test_limit[@]}"}
-fi
-for method in ${failed[@]+"${failed[@]}"}; do
-    echo "$method failed: see above"
-done
-((${#failed[@]} == 0))
+((${#trained[@]} == 0)) || "$python" "$here/l2l_adv.py" eval "${trained[@]}" --limit "$TEST_LIMIT" ${quick:+--quick}
+exit "$status"

@@ -205,6 +205,13 @@ def test_evaluate_counts_by_hand():
     assert accuracy == {**expected, "worst": worst} and 0 < worst < min(expected.values())
     assert list(accuracy) == ["natural", "a", "b", "worst"] and evaluate(model, x, y, by) == accuracy
     assert losses == pytest.approx({name: F.cross_entropy(model(x), y).item() for name, x in adv.items()}, rel=1e-5)
+    met = {"a": [], "b": []}  # the images that a quick evaluation attacks
+    noted = {name: lambda m, x, y, name=name: met[name].append(x) or by[name](m, x, y) for name in by}
+    quick, left = evaluate(model, x, y, noted, batch_size=7, quick=True), right["natural"] & right["a"]
+    assert torch.equal(torch.cat(met["a"]), x[right["natural"]]) and torch.equal(torch.cat(met["b"]), x[left])
+    assert quick == {"natural": expected["natural"], "a": left.sum().item() / 40, "b": worst, "worst": worst}
+    wrong = (model(x).argmax(1) + 1) % 3
+    assert {*evaluate(model, x, wrong, {"not called": None}, quick=True).values()} == {0.0}
     for broken in (lambda m, x, y: x * math.nan, lambda m, x, y: x + 1, lambda m, x, y: x[:, :1]):
         with pytest.raises(InputError, match="returned something other"):
             evaluate(model, x, y, {"broken": broken})
@@ -1058,16 +1065,19 @@ def test_eval_refuses_bad_input_and_what_is_not_a_run(folders, monkeypatch, caps
 # ---- run_cifar.sh ----------------------------------------------------------------------------------------------------
 
 STAND_IN = """#!/bin/sh
-# python3 for run_cifar.sh: has torch unless NO_TORCH is set, has no CUDA, and plays train and eval.
+# python3 for run_cifar.sh: has torch unless NO_TORCH is set, has no CUDA, and plays bench, train and eval.
 case "$*" in
     *"import numpy, torch"*) [ -z "$NO_TORCH" ] && echo 0; exit ;;
     "-m venv"*) exit 1 ;;
+    *bench.py*) [ -z "$MISTAKE" ] && echo '{"methods": {"a": {"ms_per_image": 7}, "b": {"ms_per_image": 4}}}'; exit ;;
+    -c*) shift; exec @PYTHON@ -c "$@" ;;
 esac
-shift
 echo "$*" >>calls
-[ "$1" = train ] || { echo "the table"; exit; }
-case "$3" in $FAILS) exit "$STATUS" ;; esac
-"""
+[ "$2" = train ] || { echo "the table"; exit; }
+echo "a row"
+case "$4" in $FAILS) exit 1 ;; esac
+mkdir -p "$6" && yes | head -n "${12}" >"$6/log.jsonl"
+""".replace("@PYTHON@", sys.executable)
 
 
 @pytest.fixture
@@ -1080,33 +1090,38 @@ def run_cifar(tmp_path, monkeypatch):
     shutil.copy(HERE / "run_cifar.sh", tmp_path / "a copy")
     monkeypatch.chdir(tmp_path / "a copy")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    for name in "METHODS MODEL EPOCHS LIMIT TEST_LIMIT SEED OUT CIFAR10_DIR FAILS NO_TORCH".split():
+    for name in "METHODS MODEL EPOCHS LIMIT TEST_LIMIT JOBS SEED OUT CIFAR10_DIR FAILS NO_TORCH MISTAKE".split():
         monkeypatch.delenv(name, raising=False)
 
     def run(*flags, **settings):
         Path("calls").write_text("")
         result = subprocess.run(["bash", "run_cifar.sh", *flags], capture_output=True, text=True, timeout=30,
-                                env={**os.environ, "STATUS": "1", **settings})
+                                env={**os.environ, **settings})
         asked = Path("calls").read_text().replace(f"{tmp_path}/a copy/", "").splitlines()
         return result.returncode, result.stdout, result.stderr, asked
     return run
 
 
-def test_run_cifar_goes_on_when_a_method_fails_and_the_table_says_so(run_cifar):
-    status, out, _, asked = run_cifar(METHODS="plain trades rnn-adv", SEED="3", FAILS="trades", OUT="two words")
-    assert status == 1 and out.endswith("the table\ntrades failed: see above\n")
-    common = "--dataset cifar10 --model small --epochs 3 --seed 3 --limit 5000 --out two words"
-    assert asked == [*(f"train --method {m} {common}/{m} --resume" for m in ("plain", "trades", "rnn-adv")),
-                     "eval two words/plain two words/rnn-adv --limit 500"]
-    assert run_cifar(METHODS="plain", FAILS="plain")[0] == 1  # nothing to evaluate
-    status, out, err, asked = run_cifar("--synthetic", EPOCHS="2")
-    assert status == 0 and "failed" not in out and err == "" and "--limit" not in asked[0] and len(asked) == 6
-    assert asked[-1].startswith("eval runs/synthetic-small-n0-e2-s0/plain runs/") and asked[-1].endswith("--limit 300")
+def test_run_cifar_goes_on_when_a_method_fails_and_says_so(run_cifar):
+    status, out, _, asked = run_cifar(METHODS="plain trades rnn-adv", SEED="3", JOBS="1", FAILS="trades",
+                                       OUT="two words")
+    methods = "rnn-adv", "trades", "plain"  # the longest first
+    assert status == 1 and out.splitlines() == [  # 11 ms, 20,000 images, 3 epochs, and a tenth
+        "Training takes about 13 minutes on this machine.", *(f"{m:12}a row" for m in methods),
+        "trades failed, see above: it is not in the table", "the table"]
+    common = "--dataset cifar10 --model small --epochs 3 --limit 20000 --seed 3 --resume"
+    assert asked == [*(f"l2l_adv.py train --method {m} --out two words/{m} {common}" for m in methods),
+                     "l2l_adv.py eval two words/plain two words/rnn-adv --limit 500 --quick"]
+    assert run_cifar(METHODS="plain", FAILS="plain", OUT="other")[0] == 1  # nothing to evaluate
+    status, out, err, asked = run_cifar("--synthetic", EPOCHS="2", LIMIT="9")
+    assert status == 0 and "failed" not in out and err == "" and len(asked) == 6
+    assert asked[-1].startswith("l2l_adv.py eval runs/synthetic-small-n9-e2-s0/plain runs/")
 
 
 def test_run_cifar_stops_at_a_mistake_in_the_settings(run_cifar):
-    status, _, _, asked = run_cifar(FAILS="plain", STATUS="2", EPOCHS="two")
-    assert status == 2 and len(asked) == 1
+    for settings, complaint in (({"EPOCHS": "two"}, 1), ({"TEST_LIMIT": "0"}, 1), ({"MISTAKE": "bench's"}, 0)):
+        status, _, err, asked = run_cifar(**settings)
+        assert status == 2 and err.count("whole numbers from 1 up\n") == err.count("\n") == complaint and asked == []
     status, _, err, asked = run_cifar("--epochs", "3")
     assert status == 2 and "environment variables" in err and err.count("\n") == 1 and asked == []
     status, out, _, asked = run_cifar("--help")

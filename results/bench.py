@@ -14,21 +14,20 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import MODELS, Dataset, progress, to_unit
+from baselines import DATASETS, MODELS, Dataset, load_dataset, progress, to_unit
 from l2l_adv import COUNT, METHODS, Parser, Settings, Training, as_program
 
 
 def bench(args):
-    dataset, shape = ("mnist", (1, 28, 28)) if args.model == "small" else ("cifar10", (3, 32, 32))
-    torch.manual_seed(0)
-    x, y = torch.randint(0, 256, (2 * args.batch_size, *shape)).byte(), torch.randint(0, 10, (2 * args.batch_size,))
+    data = load_dataset(args.dataset, args.data_dir)
+    data = Dataset(*(part[:2 * args.batch_size] for part in data))  # a fifth of it is held out
     runs = {}
     for method in args.methods.split(","):
-        settings = Settings(out="none is made", method=method, dataset=dataset, model=args.model, cell=args.cell,
+        settings = Settings(out="none is made", method=method, dataset=args.dataset, model=args.model, cell=args.cell,
                             lr=1e-9, batch_size=args.batch_size, precision=args.precision, compile=args.compile)
-        runs[method] = Training(settings, data=Dataset(x, y, x, y))
+        runs[method] = Training(settings, data=data)
     device = next(iter(runs.values())).device
-    x, y = to_unit(x[:args.batch_size]).to(device), y[:args.batch_size].to(device)
+    x, y = to_unit(data.x_train[:args.batch_size]).to(device), data.y_train[:args.batch_size].to(device)
     jobs = {method: lambda run=run: run.step(x, y) for method, run in runs.items()}
     seconds, peaks = measure(jobs, args.rounds, device)
     costs = {method: {"ms_per_image": 1000 * seconds[method] / len(x), "peak_mb": peaks[method]} for method in jobs}
@@ -38,7 +37,7 @@ def bench(args):
         print(json.dumps({"model": args.model, "batch_size": len(x), "cell": args.cell, "device": str(device),
                           "threads": torch.get_num_threads(), "torch": torch.__version__, "methods": costs}))
         return
-    print(f"{args.model}, batch {len(x)}, {dataset}'s size, T = 10, {args.cell}, {device}, {torch.get_num_threads()} "
+    print(f"{args.model}, batch {len(x)}, {args.dataset}, T = 10, {args.cell}, {device}, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}, median of {args.rounds} rounds")
     print(f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>9}")
     for method, cost in costs.items():
@@ -81,7 +80,9 @@ def peak_memory(device, reset=False):
 def main(argv=None):
     parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
     parser.set_defaults(command=bench)
-    parser.add_argument("--model", choices=MODELS, default="vgg16", help="small: MNIST's size, else 32x32")
+    parser.add_argument("--model", choices=MODELS, default="vgg16")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="whose images; default %(default)s")
+    parser.add_argument("--data-dir", help="where they lie; default as in training")
     parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,NAME")
     parser.add_argument("--batch-size", type=COUNT, default=32, metavar="X")
     parser.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")
