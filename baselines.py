@@ -283,7 +283,7 @@ class Classifier(nn.Module):
 
 def conv(in_channels, out_channels, kernel=3, stride=1):
     """A convolution that keeps the size, or divides it by the stride. Batch norm comes after it, so it has no bias."""
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, bias=False)
 
 
 class Residual(nn.Module):
@@ -298,19 +298,15 @@ class Residual(nn.Module):
 
 
 class SmallCNN(Classifier):
-    """Four convolutions, no batch norm, 0.3 M weights: for MNIST and the synthetic task. Any input of 4×4 or more."""
+    """Three convolutions with batch norm, 0.11 M weights, that learn fast on a CPU. Any input of 4×4 or more."""
 
     def __init__(self, in_channels=1, num_classes=10):
         super().__init__(
             in_channels,
-            nn.Conv2d(in_channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 4, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 4, stride=2, padding=1), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 16, 200), nn.ReLU(), nn.Linear(200, num_classes))
-        for weight in self.parameters():
-            if weight.dim() > 1:
-                nn.init.kaiming_normal_(weight, nonlinearity="relu")
-        with torch.no_grad():  # logits near 0 at first: with large ones the attack wins before training starts
-            self.layers[-1].weight.mul_(0.1)
+            conv(in_channels, 32, 4, stride=2), nn.BatchNorm2d(32), nn.ReLU(),
+            conv(32, 64, 4, stride=2), nn.BatchNorm2d(64), nn.ReLU(),
+            conv(64, 128), nn.BatchNorm2d(128), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128 * 4, num_classes))
 
 
 class VGG16(Classifier):

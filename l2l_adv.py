@@ -64,7 +64,10 @@ class LearnedOptimizer(nn.Module):
         self.cell, self.hidden_size = cell, hidden_size
         gates, bound = (4 if cell == "lstm" else 1), hidden_size ** -0.5
         self.W = nn.Parameter(torch.empty(gates * hidden_size, 1 + hidden_size).uniform_(-bound, bound))
-        self.W_out = nn.Parameter(torch.empty(1, hidden_size).uniform_(-0.1 * bound, 0.1 * bound))
+        self.W_out = nn.Parameter(torch.empty(1, hidden_size).uniform_(0, bound))
+        candidate, scale = (self.W[2 * hidden_size:3 * hidden_size], 5) if cell == "lstm" else (self.W, 1)
+        with torch.no_grad():  # from u to δ all weights are positive: the first steps follow sign(u), as PGD's do
+            candidate[:, 0].uniform_(0, scale * bound)
 
     def forward(self, u, state=None, gain=1.0):
         """u: the scaled gradient at N coordinates, (N,); state: what the last call returned, None for h_0 = 0.

@@ -81,7 +81,7 @@ def big_steps(cell="lstm"):
     with torch.random.fork_rng(), torch.no_grad():
         optimizer = seeded(1, LearnedOptimizer, hidden_size=4, cell=cell).double()
         optimizer.W.mul_(3)
-        optimizer.W_out.mul_(30)
+        optimizer.W_out.mul_(3)
     return optimizer
 
 
@@ -226,7 +226,7 @@ def test_evaluate_counts_by_hand():
 
 # ---- baselines 5, 6: classifiers, data -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, millions", [("small", 0.31), ("vgg16", 14.7), ("resnet18", 11.2), ("wrn34", 46.2)])
+@pytest.mark.parametrize("name, millions", [("small", 0.114), ("vgg16", 14.7), ("resnet18", 11.2), ("wrn34", 46.2)])
 @torch.no_grad()
 def test_classifiers_have_their_size_and_normalise_inside(name, millions):
     model, x = MODELS[name](in_channels=3).eval(), torch.rand(2, 3, 32, 32)
@@ -419,6 +419,17 @@ def test_cell_equals_the_one_of_torch_forward_and_gradient(cell, weights):
     assert torch.allclose(grad_out, ours.W_out.grad, atol=1e-12)
     soft, sharp = ours(u, state)[0], ours(u, state, gain=10)[0]
     assert soft.abs().min() > 1e-6 and torch.allclose(sharp.atanh(), 10 * soft.atanh(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "rnn"])
+@torch.no_grad()
+def test_a_fresh_optimizer_steps_along_the_sign_of_the_gradient(cell):
+    for seed in range(5):
+        optimizer, state = seeded(seed, LearnedOptimizer, cell=cell), None
+        for t in range(10):
+            u = torch.randn(4096)
+            delta, state = optimizer(u, state)
+            assert (delta * u > 0).double().mean() > (0.8 if t else 0.999) and 0.09 < delta.abs().mean() < 0.27
 
 
 @pytest.mark.parametrize("cell", ["lstm", "rnn"])
@@ -770,7 +781,9 @@ torch.set_num_threads(1)
 from l2l_adv import LearnedOptimizer, Settings, Training, main, share_gradients, train
 sizes, step = set(), Training.step
 Training.step = lambda self, x, *more: sizes.add(len(x)) or step(self, x, *more)
-train(Settings(out="two", method="plain", dataset="mnist", epochs=1, batch_size=8))
+torch.manual_seed(1)  # no batch norm: it would see half a batch in each process
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 10))
+train(Settings(out="two", method="plain", dataset="mnist", epochs=1, batch_size=8), model)
 assert sizes == {4}  # half a batch each
 rank = torch.distributed.get_rank()
 torch.manual_seed(rank)
@@ -790,10 +803,12 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py"]
     result = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert result.returncode == 0 and result.stdout.count("epoch") == 2, result.stderr  # one process speaks
-    train(Settings(out="one", method="plain", dataset="mnist", epochs=1, batch_size=8))
+    model = seeded(1, lambda: nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)))
+    before = flat(model.state_dict().values())
+    train(Settings(out="one", method="plain", dataset="mnist", epochs=1, batch_size=8), model)
     one, two = (flat(saved(f"{out}/last.pt")["model"].values()) for out in ("one", "two"))
     assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
-    assert (one - flat(seeded(0, SmallCNN).state_dict().values())).norm() > 0.1
+    assert (one - before).norm() > 0.01
     optimizer = seeded(0, LearnedOptimizer)
     grads = [torch.autograd.grad(optimizer(torch.tensor([u]))[0].sum(), optimizer.W)[0] for u in (1.0, 2.0)]
     for W, grad in map(saved, ("phi-0.pt", "phi-1.pt")):

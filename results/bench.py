@@ -19,12 +19,18 @@ from l2l_adv import COUNT, METHODS, Parser, Settings, Training, as_program
 
 
 def bench(args):
-    data = load_dataset(args.dataset, args.data_dir)
-    data = Dataset(*(part[:2 * args.batch_size] for part in data))  # a fifth of it is held out
+    torch.manual_seed(0)
+    n = 2 * args.batch_size  # a fifth of them is held out
+    if args.dataset:
+        data = Dataset(*(part[:n] for part in load_dataset(args.dataset, args.data_dir)))
+    else:
+        x, y = torch.randint(0, 256, (n, 3, 32, 32)).byte(), torch.randint(0, 10, (n,))
+        data = Dataset(x, y, x, y)
     runs = {}
     for method in args.methods.split(","):
-        settings = Settings(out="none is made", method=method, dataset=args.dataset, model=args.model, cell=args.cell,
-                            lr=1e-9, batch_size=args.batch_size, precision=args.precision, compile=args.compile)
+        settings = Settings(out="none is made", method=method, dataset=args.dataset or "cifar10", model=args.model,
+                            cell=args.cell, lr=1e-9, batch_size=args.batch_size, precision=args.precision,
+                            compile=args.compile)
         runs[method] = Training(settings, data=data)
     device = next(iter(runs.values())).device
     x, y = to_unit(data.x_train[:args.batch_size]).to(device), data.y_train[:args.batch_size].to(device)
@@ -37,7 +43,7 @@ def bench(args):
         print(json.dumps({"model": args.model, "batch_size": len(x), "cell": args.cell, "device": str(device),
                           "threads": torch.get_num_threads(), "torch": torch.__version__, "methods": costs}))
         return
-    print(f"{args.model}, batch {len(x)}, {args.dataset}, T = 10, {args.cell}, {device}, {torch.get_num_threads()} "
+    print(f"{args.model}, batch {len(x)}, {args.dataset or 'random images'}, T = 10, {args.cell}, {device}, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}, median of {args.rounds} rounds")
     print(f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>9}")
     for method, cost in costs.items():
@@ -81,7 +87,7 @@ def main(argv=None):
     parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
     parser.set_defaults(command=bench)
     parser.add_argument("--model", choices=MODELS, default="vgg16")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="whose images; default %(default)s")
+    parser.add_argument("--dataset", choices=DATASETS, help="whose images; default random ones of 32x32")
     parser.add_argument("--data-dir", help="where they lie; default as in training")
     parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,NAME")
     parser.add_argument("--batch-size", type=COUNT, default=32, metavar="X")
