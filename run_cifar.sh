@@ -7,6 +7,7 @@
 # Settings are environment variables, as in  EPOCHS=3 MODEL=vgg16 bash run_cifar.sh
 #     METHODS      default "plain advtrain trades rnn-adv rnn-trades"; there is also advtrain-bls
 #     MODEL        small, vgg16, resnet18, wrn34       default vgg16 with CUDA, else small
+#     STEPS        T, steps of the attack in training  default 10 with CUDA, as in the paper, else 5
 #     EPOCHS       passes over the training images     default 30 with CUDA, else 3
 #     LIMIT        training images at most             default 20000 for CIFAR-10 without CUDA, else all
 #     TEST_LIMIT   test images at most                 default all with CUDA, else 500
@@ -42,31 +43,30 @@ if ! cuda=$(has_cuda 2>/dev/null); then
 fi
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-METHODS=${METHODS:-plain advtrain trades rnn-adv rnn-trades} SEED=${SEED:-0}
+METHODS=${METHODS:-plain advtrain trades rnn-adv rnn-trades} SEED=${SEED:-0} JOBS=${JOBS:-$((2 - cuda))}
 if [[ $cuda == 1 ]]; then
-    MODEL=${MODEL:-vgg16} EPOCHS=${EPOCHS:-30} LIMIT=${LIMIT:-$all} TEST_LIMIT=${TEST_LIMIT:-10000} JOBS=${JOBS:-1} quick=
+    MODEL=${MODEL:-vgg16} STEPS=${STEPS:-10} EPOCHS=${EPOCHS:-30} LIMIT=${LIMIT:-$all} TEST_LIMIT=${TEST_LIMIT:-10000}
 else
-    MODEL=${MODEL:-small} EPOCHS=${EPOCHS:-3} LIMIT=${LIMIT:-$some} TEST_LIMIT=${TEST_LIMIT:-500} JOBS=${JOBS:-2} quick=1
+    MODEL=${MODEL:-small} STEPS=${STEPS:-5} EPOCHS=${EPOCHS:-3} LIMIT=${LIMIT:-$some} TEST_LIMIT=${TEST_LIMIT:-500}
 fi
-OUT=${OUT:-runs/$dataset-$MODEL-n$LIMIT-e$EPOCHS-s$SEED}
-[[ "$EPOCHS $LIMIT $TEST_LIMIT $JOBS" =~ ^[1-9][0-9]*(\ [1-9][0-9]*){3}$ ]] ||
-    fail "EPOCHS, LIMIT, TEST_LIMIT and JOBS are whole numbers from 1 up"
+OUT=${OUT:-runs/$dataset-$MODEL-t$STEPS-n$LIMIT-e$EPOCHS-s$SEED}
+[[ "$STEPS $EPOCHS $LIMIT $TEST_LIMIT $JOBS" =~ ^[1-9][0-9]*(\ [1-9][0-9]*){4}$ ]] ||
+    fail "STEPS, EPOCHS, LIMIT, TEST_LIMIT and JOBS are whole numbers from 1 up"
 cores=$(getconf _NPROCESSORS_ONLN) threads=$(((cores + JOBS - 1) / JOBS))
 # glibc is to keep freed memory: on a CPU all training is up to 1.6 times faster (results/cost.md)
 export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
 
 # ---- Train by each method, JOBS at a time; evaluate what was trained -------------------------------------------------
 costs=$(OMP_NUM_THREADS=$threads "$python" "$here/results/bench.py" --dataset "$dataset" --model "$MODEL" \
-    --methods "${METHODS// /,}" --rounds 2 --json) || exit 2
+    --steps "$STEPS" --methods "${METHODS// /,}" --rounds 2 --json) || exit 2
 total='sum(method["ms_per_image"] for method in json.load(sys.stdin)["methods"].values())'
 ms=$("$python" -c "import json, sys; print(round($total))" <<<"$costs")
 echo "Training takes about $((1 + ms * LIMIT * EPOCHS / JOBS / 55000)) minutes on this machine."  # a tenth for checks
-
 longest_first=
 for method in $METHODS; do longest_first="$method"$'\n'"$longest_first"; done
 OMP_NUM_THREADS=$threads xargs -P "$JOBS" -I{} bash -c '"${@:2}" 2>&1 | sed "s/^/$(printf %-12s "$1")/"' _ {} \
     "$python" "$here/l2l_adv.py" train --method {} --out "$OUT/{}" --dataset "$dataset" --model "$MODEL" \
-    --epochs "$EPOCHS" --limit "$LIMIT" --seed "$SEED" --resume <<<"$longest_first"
+    --steps "$STEPS" --epochs "$EPOCHS" --limit "$LIMIT" --seed "$SEED" --resume <<<"$longest_first"
 
 trained=() status=0
 for method in $METHODS; do
@@ -76,5 +76,5 @@ for method in $METHODS; do
         echo "$method failed, see above: it is not in the table" && status=1
     fi
 done
-((${#trained[@]} == 0)) || "$python" "$here/l2l_adv.py" eval "${trained[@]}" --limit "$TEST_LIMIT" ${quick:+--quick}
+((${#trained[@]} == 0)) || "$python" "$here/l2l_adv.py" eval "${trained[@]}" --limit "$TEST_LIMIT" --quick
 exit "$status"

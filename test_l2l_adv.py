@@ -1091,7 +1091,7 @@ echo "$*" >>calls
 [ "$2" = train ] || { echo "the table"; exit; }
 echo "a row"
 case "$4" in $FAILS) exit 1 ;; esac
-mkdir -p "$6" && yes | head -n "${12}" >"$6/log.jsonl"
+mkdir -p "$6" && yes | head -n "${14}" >"$6/log.jsonl"
 """.replace("@PYTHON@", sys.executable)
 
 
@@ -1105,7 +1105,7 @@ def run_cifar(tmp_path, monkeypatch):
     shutil.copy(HERE / "run_cifar.sh", tmp_path / "a copy")
     monkeypatch.chdir(tmp_path / "a copy")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    for name in "METHODS MODEL EPOCHS LIMIT TEST_LIMIT JOBS SEED OUT CIFAR10_DIR FAILS NO_TORCH MISTAKE".split():
+    for name in "METHODS MODEL STEPS EPOCHS LIMIT TEST_LIMIT JOBS SEED OUT CIFAR10_DIR FAILS NO_TORCH MISTAKE".split():
         monkeypatch.delenv(name, raising=False)
 
     def run(*flags, **settings):
@@ -1124,13 +1124,13 @@ def test_run_cifar_goes_on_when_a_method_fails_and_says_so(run_cifar):
     assert status == 1 and out.splitlines() == [  # 11 ms, 20,000 images, 3 epochs, and a tenth
         "Training takes about 13 minutes on this machine.", *(f"{m:12}a row" for m in methods),
         "trades failed, see above: it is not in the table", "the table"]
-    common = "--dataset cifar10 --model small --epochs 3 --limit 20000 --seed 3 --resume"
+    common = "--dataset cifar10 --model small --steps 5 --epochs 3 --limit 20000 --seed 3 --resume"
     assert asked == [*(f"l2l_adv.py train --method {m} --out two words/{m} {common}" for m in methods),
                      "l2l_adv.py eval two words/plain two words/rnn-adv --limit 500 --quick"]
     assert run_cifar(METHODS="plain", FAILS="plain", OUT="other")[0] == 1  # nothing to evaluate
     status, out, err, asked = run_cifar("--synthetic", EPOCHS="2", LIMIT="9")
     assert status == 0 and "failed" not in out and err == "" and len(asked) == 6
-    assert asked[-1].startswith("l2l_adv.py eval runs/synthetic-small-n9-e2-s0/plain runs/")
+    assert asked[-1].startswith("l2l_adv.py eval runs/synthetic-small-t5-n9-e2-s0/plain runs/")
 
 
 def test_run_cifar_stops_at_a_mistake_in_the_settings(run_cifar):
@@ -1171,7 +1171,10 @@ def test_every_flag_in_the_readme_exists(capsys):
 
 def test_bench_compares_every_method_with_advtrain(capsys):
     from results import bench
-    assert bench.main(["--model", "small", "--batch-size", "4", "--rounds", "1", "--json"]) == 0
+    flags = ["--model", "small", "--batch-size", "4", "--rounds", "1", "--json"]
+    assert bench.main([*flags, "--dataset", "synthetic", "--methods", "plain"]) == 0
+    assert [*json.loads(capsys.readouterr().out)["methods"]] == ["plain"]
+    assert bench.main(flags) == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
     assert list(methods) == list(METHODS)
     for cost in methods.values():

@@ -29,8 +29,8 @@ def bench(args):
     runs = {}
     for method in args.methods.split(","):
         settings = Settings(out="none is made", method=method, dataset=args.dataset or "cifar10", model=args.model,
-                            cell=args.cell, lr=1e-9, batch_size=args.batch_size, precision=args.precision,
-                            compile=args.compile)
+                            steps=args.steps, cell=args.cell, lr=1e-9, batch_size=args.batch_size,
+                            precision=args.precision, compile=args.compile)
         runs[method] = Training(settings, data=data)
     device = next(iter(runs.values())).device
     x, y = to_unit(data.x_train[:args.batch_size]).to(device), data.y_train[:args.batch_size].to(device)
@@ -43,8 +43,8 @@ def bench(args):
         print(json.dumps({"model": args.model, "batch_size": len(x), "cell": args.cell, "device": str(device),
                           "threads": torch.get_num_threads(), "torch": torch.__version__, "methods": costs}))
         return
-    print(f"{args.model}, batch {len(x)}, {args.dataset or 'random images'}, T = 10, {args.cell}, {device}, {torch.get_num_threads()} "
-          f"threads, torch {torch.__version__}, median of {args.rounds} rounds")
+    print(f"{args.model}, batch {len(x)}, {args.dataset or 'random images'}, T = {args.steps}, {args.cell}, {device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds")
     print(f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>9}")
     for method, cost in costs.items():
         print(f"{method:14}{cost['ms_per_image']:10.3f}{cost['ratio'] or 0:12.3f}{cost['peak_mb'] or 0:9.0f}")
@@ -91,6 +91,7 @@ def main(argv=None):
     parser.add_argument("--data-dir", help="where they lie; default as in training")
     parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,NAME")
     parser.add_argument("--batch-size", type=COUNT, default=32, metavar="X")
+    parser.add_argument("--steps", type=COUNT, default=10, help="T")
     parser.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: as in training")
     parser.add_argument("--compile", choices=("no", "yes"), default="no")
