@@ -298,7 +298,7 @@ class Residual(nn.Module):
 
 
 class SmallCNN(Classifier):
-    """Three convolutions with batch norm, 0.11 M weights, that learn fast on a CPU. Any input of 4×4 or more."""
+    """Three convolutions with batch norm, 0.13 M weights, that learn fast on a CPU. Any input of 4×4 or more."""
 
     def __init__(self, in_channels=1, num_classes=10):
         super().__init__(
@@ -306,7 +306,7 @@ class SmallCNN(Classifier):
             conv(in_channels, 32, 4, stride=2), nn.BatchNorm2d(32), nn.ReLU(),
             conv(32, 64, 4, stride=2), nn.BatchNorm2d(64), nn.ReLU(),
             conv(64, 128), nn.BatchNorm2d(128), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128 * 4, num_classes))
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128 * 16, num_classes))
 
 
 class VGG16(Classifier):
@@ -524,7 +524,8 @@ def to_unit(x):
 
 
 def augment(x, padding=4):
-    """Random crop after padding with black, and random flip; the whole batch at once, on its device. (B, C, H, W)"""
+    """Random crop after padding with black by so many pixels, and random flip; the whole batch at once, on its device.
+    (B, C, H, W)"""
     B, _, H, W = x.shape
     shift = torch.randint(0, 2 * padding + 1, (2, B, 1), device=x.device)
     rows = torch.arange(H, device=x.device) + shift[0]  # (B, H)

@@ -246,10 +246,10 @@ DEFAULTS = {  # of the settings that are left at None: by data set, then by mode
     "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3},
     "mnist": {"model": "small", "eps": 0.3, "epochs": 3, "lr": 0.1},
     "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30},
-    "small": {"batch_size": 64, "lr": 0.2, "eps_warmup": 0.25},
-    "vgg16": {"batch_size": 128, "lr": 0.05, "eps_warmup": 0.0},
-    "resnet18": {"batch_size": 128, "lr": 0.1, "eps_warmup": 0.0},
-    "wrn34": {"batch_size": 128, "lr": 0.1, "eps_warmup": 0.0}}
+    "small": {"batch_size": 64, "lr": 0.2, "eps_warmup": 0.25, "padding": 0},
+    "vgg16": {"batch_size": 128, "lr": 0.05, "eps_warmup": 0.0, "padding": 4},
+    "resnet18": {"batch_size": 128, "lr": 0.1, "eps_warmup": 0.0, "padding": 4},
+    "wrn34": {"batch_size": 128, "lr": 0.1, "eps_warmup": 0.0, "padding": 4}}
 
 
 def number(low, high, whole=False):
@@ -285,6 +285,8 @@ class Settings:
     model: str = setting(None, "the classifier; default small, for cifar10 vgg16", choices=MODELS)
     data_dir: str = setting(None, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, then data/")
     limit: int = setting(None, "train on so many images; default all but the 1,000 held out", COUNT)
+    padding: int = setting(None, "cifar10: random crops so far beyond the edge; default 4, small 0, which only flips",
+                           number(0, 33, whole=True))
     eps: float = setting(None, "radius of the attack, in [0, 1] pixels; default 8/255, mnist 0.3", PIXELS)
     eps_warmup: float = setting(None, "share of the training in which eps grows; by model and data", number(0, 1))
     steps: int = setting(10, "T, the inner steps", COUNT)
@@ -390,7 +392,7 @@ class Training:
         steps, total = len(self.x) // self.batch_size, 0.0
         for step in progress(range(steps), f"epoch {epoch + 1}"):
             batch = order[step * self.batch_size:(step + 1) * self.batch_size][rank::world]
-            x = augment(self.x[batch]) if settings.dataset == "cifar10" else self.x[batch]
+            x = augment(self.x[batch], settings.padding) if settings.dataset == "cifar10" else self.x[batch]
             done = (epoch + (step + 0.5) / steps) / settings.epochs  # of the whole training, in (0, 1)
             for group in self.opt_theta.param_groups:  # one-cycle: to the peak within a third, and down to 0
                 group["lr"] = settings.lr * min(3 * done, 1.5 * (1 - done))
