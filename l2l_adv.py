@@ -244,7 +244,7 @@ METHODS = {  # the paper's grid: an objective, and who maximises its inner loss
     "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
 DEFAULTS = {  # of the settings that are left at None: by data set, then by model
     "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3},
-    "mnist": {"model": "small", "eps": 0.3, "epochs": 3, "lr": 0.1},
+    "mnist": {"model": "small", "eps": 0.3, "epochs": 3, "lr": 0.05},
     "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30},
     "small": {"batch_size": 64, "lr": 0.2, "eps_warmup": 0.25, "padding": 0},
     "vgg16": {"batch_size": 128, "lr": 0.05, "eps_warmup": 0.0, "padding": 4},
