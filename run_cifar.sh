@@ -9,7 +9,7 @@
 #     MODEL        small, vgg16, resnet18, wrn34       default vgg16 with CUDA, else small
 #     STEPS        T, steps of the attack in training  default 10 with CUDA, as in the paper, else 5
 #     EPOCHS       passes over the training images     default 30 with CUDA, else 3
-#     LIMIT        training images at most             default 40000 for CIFAR-10 without CUDA, else all
+#     LIMIT        training images at most             default 38000 for CIFAR-10 without CUDA, else all
 #     TEST_LIMIT   test images at most                 default all with CUDA, else 500
 #     JOBS         methods trained at the same time    default 1 with CUDA, else 2, which share the cores
 #     SEED         of everything random                default 0
@@ -23,7 +23,7 @@ trap 'echo "run_cifar.sh: stopped; the same command again goes on from here" >&2
 
 (($# <= 1)) || fail "settings are environment variables: see --help"
 case ${1-} in
-    '') dataset=cifar10 all=49000 some=40000 ;;
+    '') dataset=cifar10 all=49000 some=38000 ;;
     --synthetic) dataset=synthetic all=3200 some=3200 ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
     *) fail "unknown option $1: see --help" ;;
