@@ -65,9 +65,10 @@ class LearnedOptimizer(nn.Module):
         gates, bound = (4 if cell == "lstm" else 1), hidden_size ** -0.5
         self.W = nn.Parameter(torch.empty(gates * hidden_size, 1 + hidden_size).uniform_(-bound, bound))
         self.W_out = nn.Parameter(torch.empty(1, hidden_size).uniform_(0, bound))
+        # Positive weights from u to the candidate and on to δ: the first steps follow sign(u), as PGD's do. They are
+        # larger in the LSTM, whose gates let about a quarter through.
         candidate, scale = (self.W[2 * hidden_size:3 * hidden_size], 5) if cell == "lstm" else (self.W, 1)
-        with torch.no_grad():  # from u to δ all weights are positive: the first steps follow sign(u), as PGD's do
-            candidate[:, 0].uniform_(0, scale * bound)
+        nn.init.uniform_(candidate[:, 0], 0, scale * bound)
 
     def forward(self, u, state=None, gain=1.0):
         """u: the scaled gradient at N coordinates, (N,); state: what the last call returned, None for h_0 = 0.
@@ -288,7 +289,7 @@ class Settings:
     padding: int = setting(None, "cifar10: random crops so far beyond the edge; default 4, small 0, which only flips",
                            number(0, 33, whole=True))
     eps: float = setting(None, "radius of the attack, in [0, 1] pixels; default 8/255, mnist 0.3", PIXELS)
-    eps_warmup: float = setting(None, "share of the training in which eps grows; by model and data", number(0, 1))
+    eps_warmup: float = setting(None, "share of the training in which eps grows; default small 0.25, else 0", number(0, 1))
     steps: int = setting(10, "T, the inner steps", COUNT)
     step_size: float = setting(None, "PGD's step; default eps/4, with line search its longest step, eps", PIXELS)
     beta: float = setting(6.0, "weight of TRADES' robust term", POSITIVE)

@@ -52,29 +52,27 @@ fi
 OUT=${OUT:-runs/$dataset-$MODEL-t$STEPS-n$LIMIT-e$EPOCHS-s$SEED}
 [[ "$STEPS $EPOCHS $LIMIT $TEST_LIMIT $JOBS" =~ ^[1-9][0-9]*(\ [1-9][0-9]*){4}$ ]] ||
     fail "STEPS, EPOCHS, LIMIT, TEST_LIMIT and JOBS are whole numbers from 1 up"
-cores=$(getconf _NPROCESSORS_ONLN) threads=$(((cores + JOBS - 1) / JOBS))
-# glibc is to keep freed memory: on a CPU all training is up to 1.6 times faster (results/cost.md)
-export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
+set -- $METHODS
+((JOBS <= $#)) || JOBS=$#
+cores=$(getconf _NPROCESSORS_ONLN) threads=$(((cores + JOBS - 1) / JOBS)) failed=$(mktemp)
+trap 'rm -f "$failed"' EXIT
+# glibc is to keep freed memory: on a CPU advtrain was up to 1.6 times faster (results/cost.md)
+export failed MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
 
 # ---- Train by each method, JOBS at a time; evaluate what was trained -------------------------------------------------
 costs=$(OMP_NUM_THREADS=$threads "$python" "$here/results/bench.py" --dataset "$dataset" --model "$MODEL" \
-    --steps "$STEPS" --methods "${METHODS// /,}" --rounds 2 --json) || exit 2
+    --steps "$STEPS" --methods "${METHODS// /,}" --batch-size 64 --rounds 2 --json) || exit 2
 total='sum(method["ms_per_image"] for method in json.load(sys.stdin)["methods"].values())'
-ms=$("$python" -c "import json, sys; print(round($total))" <<<"$costs")
-echo "Training takes about $((1 + ms * LIMIT * EPOCHS / JOBS / 55000)) minutes on this machine."  # a tenth for checks
-longest_first=
-for method in $METHODS; do longest_first="$method"$'\n'"$longest_first"; done
-OMP_NUM_THREADS=$threads xargs -P "$JOBS" -I{} bash -c '"${@:2}" 2>&1 | sed "s/^/$(printf %-12s "$1")/"' _ {} \
+us=$("$python" -c "import json, sys; print(round(1000 * $total))" <<<"$costs")  # per image, by all methods
+echo "Training takes about $((1 + us * LIMIT * EPOCHS / JOBS / 55000000)) min from the start; then come the attacks."
+reversed=  # so the longest come first
+for method; do reversed="$method${reversed:+$'\n'$reversed}"; done
+labelled='"${@:2}" 2>&1 | while IFS= read -r line; do printf "%-12s%s\n" "$1" "$line"; done || echo "$1" >>"$failed"'
+OMP_NUM_THREADS=$threads xargs -P "$JOBS" -I{} bash -o pipefail -c "$labelled" _ {} \
     "$python" "$here/l2l_adv.py" train --method {} --out "$OUT/{}" --dataset "$dataset" --model "$MODEL" \
-    --steps "$STEPS" --epochs "$EPOCHS" --limit "$LIMIT" --seed "$SEED" --resume <<<"$longest_first"
-
-trained=() status=0
-for method in $METHODS; do
-    if [[ -e $OUT/$method/log.jsonl && $(wc -l <"$OUT/$method/log.jsonl") -eq $EPOCHS ]]; then
-        trained+=("$OUT/$method")
-    else
-        echo "$method failed, see above: it is not in the table" && status=1
-    fi
-done
+    --steps "$STEPS" --epochs "$EPOCHS" --limit "$LIMIT" --seed "$SEED" --resume <<<"$reversed"
+trained=()
+for method; do grep -qx -- "$method" "$failed" || trained+=("$OUT/$method"); done
 ((${#trained[@]} == 0)) || "$python" "$here/l2l_adv.py" eval "${trained[@]}" --limit "$TEST_LIMIT" --quick
-exit "$status"
+sed 's/$/ failed: see above/' "$failed"
+[[ ! -s $failed ]]

@@ -954,6 +954,11 @@ def test_eval_runs_the_attacks_it_is_asked_for_and_lends_an_optimizer(tiny, caps
     own, lent = results[2]
     assert lent["accuracy"] == accuracy and lent["loss"] == pytest.approx(loss, rel=1e-5)
     assert (own["lender"], lent["lender"]) == (None, "rnn-trades") and own["loss"] == results[0][0]["loss"]
+    assert main(["eval", "advtrain", *flags, *more, "--quick"]) == 0
+    assert "after each attack and those before it" in capsys.readouterr().out
+    quick = json.loads(Path("advtrain", "eval.json").read_text())
+    expected = seeded(5, evaluate, model, to_unit(data.x_test[:4]), data.y_test[:4], attacks, quick=True)
+    assert quick["accuracy"] == expected and quick["quick"] and quick["loss"] is None and not lent["quick"]
 
 
 # Mistakes: one of each kind, one line each, and nothing written
@@ -1085,14 +1090,16 @@ STAND_IN = """#!/bin/sh
 case "$*" in
     *"import numpy, torch"*) [ -z "$NO_TORCH" ] && echo 0; exit ;;
     "-m venv"*) exit 1 ;;
-    *bench.py*) [ -z "$MISTAKE" ] && echo '{"methods": {"a": {"ms_per_image": 7}, "b": {"ms_per_image": 4}}}'; exit ;;
     -c*) shift; exec @PYTHON@ -c "$@" ;;
 esac
 echo "$*" >>calls
+[ -n "$MISTAKE" ] && exit 2
+case "$1" in
+    *bench.py) echo '{"methods": {"a": {"ms_per_image": 7.4}, "b": {"ms_per_image": 4.1}}}'; exit ;;
+esac
 [ "$2" = train ] || { echo "the table"; exit; }
 echo "a row"
 case "$4" in $FAILS) exit 1 ;; esac
-mkdir -p "$6" && yes | head -n "${14}" >"$6/log.jsonl"
 """.replace("@PYTHON@", sys.executable)
 
 
@@ -1119,27 +1126,33 @@ def run_cifar(tmp_path, monkeypatch):
 
 
 def test_run_cifar_goes_on_when_a_method_fails_and_says_so(run_cifar):
-    status, out, _, asked = run_cifar(METHODS="plain trades rnn-adv", SEED="3", JOBS="1", FAILS="trades",
-                                       OUT="two words")
+    settings = {"METHODS": "plain trades rnn-adv", "SEED": "3", "FAILS": "trades", "OUT": "two words"}
+    status, out, _, asked = run_cifar(JOBS="1", **settings)
     methods = "rnn-adv", "trades", "plain"  # the longest first
-    assert status == 1 and out.splitlines() == [  # 11 ms, 38,000 images, 3 epochs, and a tenth
-        "Training takes about 23 minutes on this machine.", *(f"{m:12}a row" for m in methods),
-        "trades failed, see above: it is not in the table", "the table"]
+    assert status == 1 and out.splitlines() == [  # 11.5 ms, 38,000 images, 3 epochs, and a tenth
+        "Training takes about 24 min from the start; then come the attacks.", *(f"{m:12}a row" for m in methods),
+        "the table", "trades failed: see above"]
     common = "--dataset cifar10 --model small --steps 5 --epochs 3 --limit 38000 --seed 3 --resume"
-    assert asked == [*(f"l2l_adv.py train --method {m} --out two words/{m} {common}" for m in methods),
+    assert asked == ["results/bench.py --dataset cifar10 --model small --steps 5 --methods plain,trades,rnn-adv "
+                     "--batch-size 64 --rounds 2 --json",
+                     *(f"l2l_adv.py train --method {m} --out two words/{m} {common}" for m in methods),
                      "l2l_adv.py eval two words/plain two words/rnn-adv --limit 500 --quick"]
-    assert run_cifar(METHODS="plain", FAILS="plain", OUT="other")[0] == 1  # nothing to evaluate
+    status, two_at_once, _, asked = run_cifar(**settings)
+    assert status == 1 and "about 12 min" in two_at_once and len(asked) == 5
+    status, out, _, asked = run_cifar(METHODS="plain", FAILS="plain")  # one at a time, and nothing to evaluate
+    assert status == 1 and "about 24 min" in out and len(asked) == 2
     status, out, err, asked = run_cifar("--synthetic", EPOCHS="2", LIMIT="9")
-    assert status == 0 and "failed" not in out and err == "" and len(asked) == 6
+    assert status == 0 and "failed" not in out and err == "" and len(asked) == 7
     assert asked[-1].startswith("l2l_adv.py eval runs/synthetic-small-t5-n9-e2-s0/plain runs/")
 
 
 def test_run_cifar_stops_at_a_mistake_in_the_settings(run_cifar):
-    for settings, complaint in (({"EPOCHS": "two"}, 1), ({"TEST_LIMIT": "0"}, 1), ({"MISTAKE": "bench's"}, 0)):
-        status, _, err, asked = run_cifar(**settings)
-        assert status == 2 and err.count("whole numbers from 1 up\n") == err.count("\n") == complaint and asked == []
-    status, _, err, asked = run_cifar("--epochs", "3")
-    assert status == 2 and "environment variables" in err and err.count("\n") == 1 and asked == []
+    status, _, _, asked = run_cifar(MISTAKE="of which bench.py speaks")
+    assert status == 2 and len(asked) == 1
+    for flags, settings, words in (([], {"EPOCHS": "two"}, "whole numbers"), ([], {"TEST_LIMIT": "0"}, "whole numbers"),
+                                   (["--epochs", "3"], {}, "environment variables")):
+        status, _, err, asked = run_cifar(*flags, **settings)
+        assert status == 2 and words in err and err.count("\n") == 1 and asked == []
     status, out, _, asked = run_cifar("--help")
     assert status == 0 and "TEST_LIMIT" in out and "set -" not in out and asked == []
 
@@ -1170,13 +1183,15 @@ def test_every_flag_in_the_readme_exists(capsys):
     assert [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", known)] == []
 
 
-def test_bench_compares_every_method_with_advtrain(capsys):
+def test_bench_compares_every_method_with_advtrain(capsys, monkeypatch):
     from results import bench
     flags = ["--model", "small", "--batch-size", "4", "--rounds", "1", "--json"]
-    assert bench.main([*flags, "--dataset", "synthetic", "--methods", "plain"]) == 0
-    assert [*json.loads(capsys.readouterr().out)["methods"]] == ["plain"]
     assert bench.main(flags) == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
     assert list(methods) == list(METHODS)
     for cost in methods.values():
         assert cost["ratio"] == pytest.approx(cost["ms_per_image"] / methods["advtrain"]["ms_per_image"])
+    seen, step = set(), Training.step
+    monkeypatch.setattr(Training, "step", lambda run, x, y: seen.add((x.shape, run.settings.steps)) or step(run, x, y))
+    assert bench.main([*flags, "--dataset", "synthetic", "--methods", "plain", "--steps", "3"]) == 0
+    assert [*json.loads(capsys.readouterr().out)["methods"]] == ["plain"] and seen == {((4, 3, 16, 16), 3)}
