@@ -54,10 +54,9 @@ OUT=${OUT:-runs/$dataset-$MODEL-t$STEPS-n$LIMIT-e$EPOCHS-s$SEED}
     fail "STEPS, EPOCHS, LIMIT, TEST_LIMIT and JOBS are whole numbers from 1 up"
 set -- $METHODS
 ((JOBS <= $#)) || JOBS=$#
-cores=$(getconf _NPROCESSORS_ONLN) threads=$(((cores + JOBS - 1) / JOBS)) failed=$(mktemp)
-trap 'rm -f "$failed"' EXIT
+cores=$(getconf _NPROCESSORS_ONLN) threads=$(((cores + JOBS - 1) / JOBS))
 # glibc is to keep freed memory: on a CPU advtrain was up to 1.6 times faster (results/cost.md)
-export failed MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
+export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
 
 # ---- Train by each method, JOBS at a time; evaluate what was trained -------------------------------------------------
 costs=$(OMP_NUM_THREADS=$threads "$python" "$here/results/bench.py" --dataset "$dataset" --model "$MODEL" \
@@ -65,6 +64,7 @@ costs=$(OMP_NUM_THREADS=$threads "$python" "$here/results/bench.py" --dataset "$
 total='sum(method["ms_per_image"] for method in json.load(sys.stdin)["methods"].values())'
 us=$("$python" -c "import json, sys; print(round(1000 * $total))" <<<"$costs")  # per image, by all methods
 echo "Training takes about $((1 + us * LIMIT * EPOCHS / JOBS / 55000000)) min from the start; then come the attacks."
+mkdir -p "$OUT" && export failed=$OUT/.failed && : >"$failed"  # the names of the methods that fail
 reversed=  # so the longest come first
 for method; do reversed="$method${reversed:+$'\n'$reversed}"; done
 labelled='"${@:2}" 2>&1 | while IFS= read -r line; do printf "%-12s%s\n" "$1" "$line"; done || echo "$1" >>"$failed"'
