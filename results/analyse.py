@@ -165,16 +165,6 @@ def draw_steps(ax, run, result):
     ax.set(xlabel="gradients t", ylabel="inner loss", ylim=(0.5 * (start + top), 1.02 * top))
 
 
-def draw_training(ax, run, _):
-    rows = [json.loads(line) for line in Path(run.folder, "log.jsonl").read_text().splitlines()]
-    for name, style in ("natural", "k-o"), ("pgd-10", "C0--s"), ("learned-10", "C1:^"):
-        if name in rows[0]["accuracy"]:
-            ax.plot([row["epoch"] for row in rows], [100 * row["accuracy"][name] for row in rows], style, label=name)
-    ax.legend()
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="epoch", ylabel="held-out accuracy in %", ylim=(0, 100))
-
-
 def draw_images(ax, run, _):
     """Four images, what the run's own attack makes of them, and the change."""
     x, y = run.x[:4], run.y[:4]
@@ -207,7 +197,7 @@ def draw(folder, about, runs, result):
         print("analyse.py: no figures without matplotlib: python3 -m pip install matplotlib", file=sys.stderr)
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figures = {"training": ("Training", draw_training), "images": ("Clean, attacked, change", draw_images),
+    figures = {"images": ("Clean, attacked, change", draw_images),
                "surface": ("Mean cross-entropy around x; dashed: the eps-ball", draw_surface),
                **({"inner-loss": ("The best attack of each kind", draw_steps)} if "step" in result else {})}
     for name, (title, draw_panel) in figures.items():

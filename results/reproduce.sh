@@ -39,7 +39,7 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
     keep sharp "${evaluate[@]}" "$n_test" --attacks learned-10,sharp-10
     [[ $dataset != mnist ]] || keep all "${evaluate[@]}" "${TEST_LIMIT:-10000}" --attacks pgd-10,learned-10
     [[ " ${main[*]} " != *" $4 "* ]] ||
-        keep autoattack autoattack.json python3 results/sanity.py "$run" --autoattack --limit "$n_autoattack"
+        keep autoattack autoattack.json python3 results/sanity.py "$run" --judge autoattack --limit "$n_autoattack"
     exit
 fi
 (($# == 1)) || names=("${@:2}")

@@ -1,6 +1,6 @@
 """How far to trust a run's accuracies: is the gradient masked, and do restarts or other attacks break more images?
 
-    python3 results/sanity.py runs/* [--limit 256] [--restarts 20] [--autoattack]
+    python3 results/sanity.py runs/* [--limit 256] [--restarts 20] [--judge referee autoattack]
 
 Accuracies in %, PGD with steps of eps/4. The questions are those of Athalye et al. (2018, arXiv 1802.00420) and Carlini
 et al. (2019, arXiv 1902.06705). A model that fails one may be less robust than its table says.
@@ -13,8 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import AdvTrain, InputError, evaluate, input_gradient, pgd, start_point, under_attack
-from l2l_adv import COUNT, as_program, named_attacks, write_whole
+from l2l_adv import COUNT, as_program, load_run, named_attacks, write_whole
 from results.runs import load, parser
+
+JUDGES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"),  # what an image has to survive
+          "referee": ("apgd-ce", "apgd-t", "learned-10", "sharp-10")}
 
 
 def not_above(a, b):
@@ -58,20 +61,22 @@ def restarts(run, n):
 
 
 def autoattack(eps, seed):
-    """The standard AutoAttack (Croce & Hein 2020, arXiv 2003.01690), as `evaluate` takes it. Raises InputError."""
+    """{name: attack}, the four of the standard AutoAttack (Croce & Hein 2020, arXiv 2003.01690), as `evaluate` takes
+    them. Raises InputError."""
     try:
-        from torchattacks import APGD, APGDT, FAB, MultiAttack, Square
+        from torchattacks import APGD, APGDT, FAB, Square
     except ImportError:
-        raise InputError("--autoattack needs a package: python3 -m pip install --no-deps torchattacks scipy") from None
-    budget = {"eps": eps, "seed": seed, "steps": 100}  # torchattacks.AutoAttack itself makes 10
-    return lambda model, x, y: MultiAttack([
-        APGD(model, **budget), APGDT(model, **budget), FAB(model, **budget, multi_targeted=True),
-        Square(model, eps=eps, seed=seed, n_queries=5000)])(x, y).detach()
+        raise InputError("this needs a package: python3 -m pip install --no-deps torchattacks scipy") from None
+    budget = {"eps": eps, "seed": seed}
+    return {"apgd-ce": lambda model, x, y: APGD(model, **budget, steps=100)(x, y).detach(),
+            "apgd-t": lambda model, x, y: APGDT(model, **budget, steps=100)(x, y).detach(),
+            "fab-t": lambda model, x, y: FAB(model, **budget, steps=100, multi_targeted=True)(x, y).detach(),
+            "square": lambda model, x, y: Square(model, **budget, n_queries=5000)(x, y).detach()}
 
 
 def sanity(args):
     runs, _ = load(args)
-    attacks = {"autoattack": autoattack(runs[0].settings.eps, args.seed)} if args.autoattack else {}
+    lent = load_run(args.lend, args.checkpoint, runs[0].x.device)[1] if args.lend else None
     for run in runs:
         print(run.folder)
         torch.manual_seed(args.seed)
@@ -80,18 +85,28 @@ def sanity(args):
             print(f"  {'pass' if passed else 'FAIL'}  {question}: {numbers}", flush=True)
         for name, accuracy in (restarts(run, args.restarts) if args.restarts else {}).items():
             print(f"        {args.restarts} random starts of {name} leave {100 * accuracy:.2f}", flush=True)
-        if attacks:
-            accuracy, loss = evaluate(run.model, run.x, run.y, attacks, run.batch_size, losses=True)
-            print(f"        AutoAttack leaves {100 * accuracy['autoattack']:.2f}", flush=True)
-            result = {"images": len(run.x), "checkpoint": args.checkpoint, "seed": run.seed,
-                      "training_seed": run.settings.seed, "accuracy": accuracy, "loss": loss}
-            write_whole(Path(run.folder, "autoattack.json"), (json.dumps(result, indent=1) + "\n").encode())
+        for name in args.judge:
+            judge(name, run, lent, args.checkpoint)
+
+
+def judge(name, run, lent, checkpoint):
+    """Print what survives the judge's attacks, one after the other, and write it to NAME.json in the run's folder."""
+    attacks = {**autoattack(run.settings.eps, run.seed),
+               **named_attacks(("learned-10", "sharp-10"), run.settings.eps, run.optimizer or lent)}
+    attacks = {each: attacks[each] for each in JUDGES[name] if each in attacks}
+    accuracy = evaluate(run.model, run.x, run.y, attacks, run.batch_size, quick=True)
+    left = ", ".join(f"{attack} {100 * value:.2f}" for attack, value in accuracy.items())
+    print(f"        {name}, what is left after each: {left}", flush=True)
+    result = {"images": len(run.x), "checkpoint": checkpoint, "seed": run.seed, "training_seed": run.settings.seed,
+              "accuracy": {**accuracy, name: accuracy["worst"]}}
+    write_whole(Path(run.folder, f"{name}.json"), (json.dumps(result, indent=1) + "\n").encode())
 
 
 def main(argv=None):
     command = parser("sanity.py", __doc__.splitlines()[0], sanity)
     command.add_argument("--restarts", type=COUNT, help="also so many random starts of pgd-50 and learned-10")
-    command.add_argument("--autoattack", action="store_true", help="also AutoAttack; writes autoattack.json")
+    command.add_argument("--judge", choices=JUDGES, nargs="+", default=(), help="also these; each writes NAME.json")
+    command.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
     return as_program(command.parse_args(argv))
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "learned-10", "sharp-10", "autoattack", "worst"
+COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "learned-10", "sharp-10", "referee", "autoattack", "worst"
 ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "rnn-trades-rnn", "rnn-trades"
 
 
@@ -48,10 +48,11 @@ def leads(found):
 
 
 if __name__ == "__main__":
-    for what in "best", "last", "sharp", "all", "autoattack":
+    for what in "best", "last", "sharp", "all", "referee", "autoattack":
         if found := read(sys.argv[1], what):
             images = {str(run["images"]) for runs in found.values() for run in runs.values()}
             print(f"\n{what}: the first {' or '.join(sorted(images))} test images")
             table(found, "accuracy", 100, 2)
             leads(found)
-            table(found, "loss", 1, 4)
+            if what not in ("referee", "autoattack"):  # their losses are not kept
+                table(found, "loss", 1, 4)
