@@ -289,7 +289,7 @@ class Settings:
     padding: int = setting(None, "cifar10: random crops so far beyond the edge; default 4, small 0, which only flips",
                            number(0, 33, whole=True))
     eps: float = setting(None, "radius of the attack, in [0, 1] pixels; default 8/255, mnist 0.3", PIXELS)
-    eps_warmup: float = setting(None, "share of the training in which eps grows; default small 0.25, else 0", number(0, 1))
+    eps_warmup: float = setting(None, "share of the training in which eps grows; default 0, small 0.25", number(0, 1))
     steps: int = setting(10, "T, the inner steps", COUNT)
     step_size: float = setting(None, "PGD's step; default eps/4, with line search its longest step, eps", PIXELS)
     beta: float = setting(6.0, "weight of TRADES' robust term", POSITIVE)
@@ -577,12 +577,18 @@ def load_runs(args, eps=None):
                              f"{args.checkpoint} checkpoint, attack seed {args.seed}")
 
 
+def lent_optimizer(args, device):
+    """The learned optimizer of the run args.lend, None if none is named. Raises InputError if that run has none."""
+    lent = load_run(args.lend, args.checkpoint, device)[1] if args.lend else None
+    if args.lend and not lent:
+        raise InputError(f"{args.lend} has no learned optimizer to lend: take an rnn- run")
+    return lent
+
+
 def eval_command(args):
     """A table on stdout, a row per run; the same numbers, and the mean cross-entropies, in each run's eval.json."""
     runs, x, y, eps, heading = load_runs(args, args.eps)
-    lent = load_run(args.lend, args.checkpoint, x.device)[1] if args.lend else None
-    if args.lend and not lent:
-        raise InputError(f"{args.lend} has no learned optimizer to lend: take an rnn- run")
+    lent = lent_optimizer(args, x.device)
     attacks = {folder: named_attacks(args.attacks.split(","), eps, optimizer or lent)
                for folder, (_, optimizer, _) in runs.items()}
     columns = ["natural", *args.attacks.split(","), "worst"]

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import AdvTrain, InputError, evaluate, input_gradient, pgd, start_point, under_attack
-from l2l_adv import COUNT, as_program, load_run, named_attacks, write_whole
+from l2l_adv import COUNT, as_program, lent_optimizer, named_attacks, write_whole
 from results.runs import load, parser
 
 JUDGES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"),  # what an image has to survive
@@ -76,7 +76,8 @@ def autoattack(eps, seed):
 
 def sanity(args):
     runs, _ = load(args)
-    lent = load_run(args.lend, args.checkpoint, runs[0].x.device)[1] if args.lend else None
+    lent = lent_optimizer(args, runs[0].x.device)
+    theirs = autoattack(runs[0].settings.eps, args.seed) if args.judge else {}  # all runs have one eps
     for run in runs:
         print(run.folder)
         torch.manual_seed(args.seed)
@@ -86,13 +87,12 @@ def sanity(args):
         for name, accuracy in (restarts(run, args.restarts) if args.restarts else {}).items():
             print(f"        {args.restarts} random starts of {name} leave {100 * accuracy:.2f}", flush=True)
         for name in args.judge:
-            judge(name, run, lent, args.checkpoint)
+            judge(name, run, theirs, lent, args.checkpoint)
 
 
-def judge(name, run, lent, checkpoint):
+def judge(name, run, theirs, lent, checkpoint):
     """Print what survives the judge's attacks, one after the other, and write it to NAME.json in the run's folder."""
-    attacks = {**autoattack(run.settings.eps, run.seed),
-               **named_attacks(("learned-10", "sharp-10"), run.settings.eps, run.optimizer or lent)}
+    attacks = {**theirs, **named_attacks(("learned-10", "sharp-10"), run.settings.eps, run.optimizer or lent)}
     attacks = {each: attacks[each] for each in JUDGES[name] if each in attacks}
     accuracy = evaluate(run.model, run.x, run.y, attacks, run.batch_size, quick=True)
     left = ", ".join(f"{attack} {100 * value:.2f}" for attack, value in accuracy.items())
