@@ -1,7 +1,7 @@
-"""The paper's analyses of trained runs: how well the learned optimizer maximises, and what it does.
+"""The paper's analyses of trained runs: how well the learned optimizer maximises, compared with others.
 
     python3 results/analyse.py runs/* --json analyses.json --figures figures
-    python3 results/analyse.py runs/rnn-adv --only step,behaviour             # there are also longer and transfer
+    python3 results/analyse.py runs/rnn-adv --only step,longer    # there is also transfer
 
 Test images; the inner loss that each run was trained with, in `transfer` cross-entropy. Only figures need matplotlib.
 """
@@ -13,22 +13,23 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import AdvTrain, InputError, Trades, evaluate, input_gradient, pgd, project, sign, start_point
+from baselines import AdvTrain, InputError, Trades, eval_mode, evaluate, input_gradient, pgd, project, sign, start_point
 from l2l_adv import SHARP, as_program, learned_attack, write_whole
 from results.runs import load, parser
 
-ANALYSES = "step", "longer", "transfer", "behaviour"
+ANALYSES = "step", "longer", "transfer"
 T, LONGER = 10, [10, 20, 40, 100]  # the steps trained for; and those to read the longer attacks at
 
 
 @torch.no_grad()
 def momentum(model, x, y, *, eps, step_size, steps, objective):
     """MI-FGSM (Dong et al. 2018, arXiv 1710.06081): the sign of the gathered gradients, each over its L1 norm."""
-    target, x_adv, gathered = objective.target(model, x, y), start_point(x, eps), torch.zeros_like(x)
-    for _ in range(steps):
-        g, _ = input_gradient(model, x_adv, objective, target)  # (B, C, H, W)
-        gathered += g / g.abs().sum((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
-        x_adv = project(x_adv + step_size * sign(gathered), x, eps)
+    with eval_mode(model):
+        target, x_adv, gathered = objective.target(model, x, y), start_point(x, eps), torch.zeros_like(x)
+        for _ in range(steps):
+            g, _ = input_gradient(model, x_adv, objective, target)  # (B, C, H, W)
+            gathered += g / g.abs().sum((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
+            x_adv = project(x_adv + step_size * sign(gathered), x, eps)
     return x_adv
 
 
@@ -39,7 +40,7 @@ def maximisers(run):
         result[f"pgd {name}"] = partial(pgd, run.model, eps=eps, step_size=size)
     for name, size in ("eps/4", eps / 4), ("eps/2", eps / 2), ("eps", eps):
         result[f"momentum {name}"] = partial(momentum, run.model, eps=eps, step_size=size)
-    result["line search"] = partial(pgd, run.model, eps=eps, step_size=eps, line_search=True)
+    result["line search, 4 passes a step"] = partial(pgd, run.model, eps=eps, step_size=eps, line_search=True)
     if run.optimizer:
         result["learned"] = partial(learned_attack, run.model, run.optimizer, eps=eps)
         result["sharp"] = partial(result["learned"], gain=SHARP)
@@ -97,20 +98,16 @@ def step(run, climbs):
 
 
 def verdict(climbs):
-    """The paper's claim on one run: T learned steps (not `sharp`) reach a higher loss than T of any attack by hand, and
-    than 100 of PGD's. The standard error is that of the difference, image by image."""
-    ours, result, margins = climbs["learned"][0][T], {}, []  # (N,)
-    for when, t, rivals in ("after 10", T, ("pgd", "momentum", "line")), ("after 100", 100, ("pgd",)):
-        theirs = {name: losses[t] for name, (losses, _) in climbs.items() if name.startswith(rivals)}
+    """Who is ahead, in mean loss; the standard error is that of the difference, image by image."""
+    result, by_hand = {}, ("pgd", "momentum", "line")
+    for ours, t, rivals in ("learned", T, by_hand), ("learned", 100, "pgd"), ("sharp", T, by_hand):
+        theirs = {name: losses[t] for name, (losses, _) in climbs.items() if name.startswith(rivals)}  # (N,) each
         best = max(theirs, key=lambda name: theirs[name].mean())
-        gain, error = (ours - theirs[best]).mean().item(), (ours - theirs[best]).std().item() / len(ours) ** 0.5
-        margins.append(gain / max(error, 1e-12))
-        result[when] = {"best": best, "loss": theirs[best].mean().item(), "difference": gain, "error": error}
-        print(f"{T} learned steps {ours.mean():.4g}, the best by hand {when} {theirs[best].mean():.4g} ({best}): "
-              f"difference {gain:+.2g}, standard error {error:.2g}")
-    claim = "holds" if min(margins) > 2 else "does not hold" if min(margins) < -2 else "is within two standard errors"
-    print(f"verdict: that {T} learned steps beat {T} of any by hand and 100 of PGD {claim}", flush=True)
-    return {"claim": claim, **result}
+        gain = climbs[ours][0][T] - theirs[best]
+        numbers = {"difference": gain.mean().item(), "error": gain.std().item() / len(gain) ** 0.5}
+        result[f"{ours}-{T} over {best}-{t}"] = numbers
+        print("{}-{} over {}-{}: {:+.2g}, standard error {:.2g}".format(ours, T, best, t, *numbers.values()))
+    return result
 
 
 def longer(run, climbs):
@@ -129,50 +126,18 @@ def transfer(run, runs):
     return table(f"(c) {run.folder}: accuracy of runs on {T} steps made on it", [each.folder for each in runs], rows)
 
 
-@torch.no_grad()
-def behaviour(run):
-    """(d) At t = 1 … T: the mean |δ_t| in units of eps; the share of coordinates of x'_t on the boundary; and the share
-    with sign(δ_t) = sign(g_{t−1}) among those with g_{t−1} ≠ 0."""
-    calls, points, sums, eps = [], [], torch.zeros(4, T, dtype=torch.float64), run.settings.eps
-    hooks = (run.optimizer.register_forward_hook(lambda _, args, output: calls.append((args[0], output[0]))),
-             run.model.register_forward_pre_hook(lambda _, args: points.append(args[0])))
-    for x, y in batches(run):
-        learned_attack(run.model, run.optimizer, x, y, eps=eps, steps=T + 1, objective=run.objective)
-        u, delta = (torch.stack(each) for each in zip(*calls[:T]))  # (T, N); sign(u) is sign(g)
-        x_adv = torch.stack(points[-T:])  # x'_1 … x'_T: (T, B, C, H, W)
-        # A black pixel that never moved counts too: it lies on the box's face at 0. 1e-6: ten times fp32's rounding.
-        on = (x_adv <= (x - eps).clamp(min=0) + 1e-6) | (x_adv >= (x + eps).clamp(max=1) - 1e-6)
-        parts = delta.abs(), on.flatten(1), (delta.sign() == u.sign()) & (u != 0), u != 0
-        sums += torch.stack([part.double().sum(1).cpu() for part in parts])
-        del calls[:], points[:]
-    for hook in hooks:
-        hook.remove()
-    length, boundary, same, nonzero = sums
-    rows = {"mean |delta| / eps": length / run.x.numel(), "on the boundary": boundary / run.x.numel(),
-            "agrees with sign(g)": same / nonzero.clamp(min=1)}
-    return table(f"(d) {run.folder}: the learned optimizer at step t", range(1, T + 1), rows)
-
-
 def draw_steps(ax, run, result):
-    """The best attack of each kind, the upper part of the climb."""
+    """PGD at its best step, the best of the others by hand, and the learned optimizer."""
     lines = {name: list(losses.values()) for name, losses in result["step"][run.folder]["by step"].items()}
-    for kind, style in ("pgd", "C0-"), ("momentum", "C1-x"), ("line", "C2-s"), ("learned", "k-o"), ("sharp", "k--^"):
+    kinds = (("pgd",), "C0-"), (("momentum", "line"), "C1-s"), (("learned",), "k-o"), (("sharp",), "k:^")
+    for kind, style in kinds:
         for name in sorted((name for name in lines if name.startswith(kind)), key=lambda name: lines[name][T])[-1:]:
-            ax.plot(lines[name][:T + 1], style, label=name)
-    start, top = lines[name][0], max(map(max, lines.values()))
-    ax.axhline(max(losses[-1] for losses in lines.values() if losses[T + 1:]), color="grey", label="the best after 100")
+            ax.plot(lines[name][:T + 1], style, linewidth=2, label=name)
+    start, top = lines["pgd eps/4"][0], max(losses[T] for losses in lines.values())
+    ax.axhline(max(lines[name][-1] for name in lines if name.startswith("pgd")), color="C0", linestyle="--",
+               label="pgd after 100")
     ax.legend(loc="lower right")
-    ax.set(xlabel="gradients t", ylabel="inner loss", ylim=(0.5 * (start + top), 1.02 * top))
-
-
-def draw_images(ax, run, _):
-    """Four images, what the run's own attack makes of them, and the change."""
-    x, y = run.x[:4], run.y[:4]
-    x_adv = maximisers(run)["learned" if run.optimizer else "pgd eps/4"](x, y, steps=T)
-    columns = torch.cat([x, x_adv, (x_adv - x) / (2 * run.settings.eps) + 0.5], 2)  # (4, C, 3H, W)
-    ax.imshow(torch.cat([*columns], 2).permute(1, 2, 0).expand(-1, -1, 3).clamp(0, 1).cpu())  # (3H, 4W, 3)
-    ax.set(xticks=[x.shape[3] * (i + 0.5) for i in range(len(x))], yticks=[], xlabel="class → answer",
-           xticklabels=[f"{true}→{answer}" for true, answer in zip(y.tolist(), run.model(x_adv).argmax(1).tolist())])
+    ax.set(xlabel="gradients", ylabel="inner loss", ylim=(0.5 * (start + top), start + 1.05 * (top - start)))
 
 
 @torch.no_grad()
@@ -197,9 +162,8 @@ def draw(folder, about, runs, result):
         print("analyse.py: no figures without matplotlib: python3 -m pip install matplotlib", file=sys.stderr)
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figures = {"images": ("Clean, attacked, change", draw_images),
-               "surface": ("Mean cross-entropy around x; dashed: the eps-ball", draw_surface),
-               **({"inner-loss": ("The best attack of each kind", draw_steps)} if "step" in result else {})}
+    figures = {"surface": ("Mean cross-entropy around x; dashed: the eps-ball", draw_surface),
+               **({"inner-loss": ("How far ten gradients climb", draw_steps)} if "step" in result else {})}
     for name, (title, draw_panel) in figures.items():
         figure = Figure(figsize=(4 * len(runs) + 1, 4.4), layout="constrained")
         for run, ax in zip(runs, figure.subplots(1, len(runs), squeeze=False)[0]):
@@ -219,7 +183,7 @@ def analyse(args):
         climbs = {name: climb(run, attack, 100 if name.startswith(("pgd", "learned")) else T)  # 100 take the time
                   for name, attack in maximisers(run).items() if {"step", "longer"} & {*args.only}}
         analyses = {"step": partial(step, climbs=climbs), "longer": partial(longer, climbs=climbs),
-                    "transfer": partial(transfer, runs=runs), "behaviour": behaviour}
+                    "transfer": partial(transfer, runs=runs)}
         for name in args.only:
             if run.optimizer or name in ("step", "transfer"):
                 result[name][run.folder] = analyses[name](run)

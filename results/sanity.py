@@ -1,6 +1,7 @@
 """How far to trust a run's accuracies: is the gradient masked, and do restarts or other attacks break more images?
 
-    python3 results/sanity.py runs/* [--limit 256] [--restarts 20] [--judge referee autoattack]
+    python3 results/sanity.py runs/* [--limit 256] [--restarts 20]
+    python3 results/sanity.py runs/* --judge referee autoattack    # instead: what strong attacks leave
 
 Accuracies in %, PGD with steps of eps/4. The questions are those of Athalye et al. (2018, arXiv 1802.00420) and Carlini
 et al. (2019, arXiv 1902.06705). A model that fails one may be less robust than its table says.
@@ -81,31 +82,38 @@ def sanity(args):
     for run in runs:
         print(run.folder)
         torch.manual_seed(args.seed)
+        for name in args.judge:
+            judge(name, run, theirs, lent, args.checkpoint)
+        if args.judge:
+            continue
         for question, passed, masks in checks(run, [other for other in runs if other is not run]):
             numbers = ", ".join(f"{name} {100 * mask.double().mean():.2f}" for name, mask in masks.items())
             print(f"  {'pass' if passed else 'FAIL'}  {question}: {numbers}", flush=True)
         for name, accuracy in (restarts(run, args.restarts) if args.restarts else {}).items():
             print(f"        {args.restarts} random starts of {name} leave {100 * accuracy:.2f}", flush=True)
-        for name in args.judge:
-            judge(name, run, theirs, lent, args.checkpoint)
 
 
 def judge(name, run, theirs, lent, checkpoint):
-    """Print what survives the judge's attacks, one after the other, and write it to NAME.json in the run's folder."""
+    """Print what is left after each of the judge's attacks. Write it, and which images are broken, to NAME.json in the
+    run's folder."""
     attacks = {**theirs, **named_attacks(("learned-10", "sharp-10"), run.settings.eps, run.optimizer or lent)}
-    attacks = {each: attacks[each] for each in JUDGES[name] if each in attacks}
-    accuracy = evaluate(run.model, run.x, run.y, attacks, run.batch_size, quick=True)
-    left = ", ".join(f"{attack} {100 * value:.2f}" for attack, value in accuracy.items())
-    print(f"        {name}, what is left after each: {left}", flush=True)
+    attacks = {"natural": lambda model, x, y: x, **{each: attacks[each] for each in JUDGES[name] if each in attacks}}
+    accuracy, survives = {}, torch.ones_like(run.y, dtype=torch.bool)  # (N,)
+    for each, attack in attacks.items():
+        left = survives.nonzero()[:, 0]
+        survives[left] = under_attack(run.model, run.x[left], run.y[left], attack, run.batch_size, each)[0]
+        accuracy[each] = survives.double().mean().item()
+    print(f"        {name}, what is left after each: "
+          + ", ".join(f"{each} {100 * value:.2f}" for each, value in accuracy.items()), flush=True)
     result = {"images": len(run.x), "checkpoint": checkpoint, "seed": run.seed, "training_seed": run.settings.seed,
-              "accuracy": {**accuracy, name: accuracy["worst"]}}
-    write_whole(Path(run.folder, f"{name}.json"), (json.dumps(result, indent=1) + "\n").encode())
+              "accuracy": {**accuracy, "worst": accuracy[each]}, "broken": (~survives).nonzero()[:, 0].tolist()}
+    write_whole(Path(run.folder, f"{name}.json"), (json.dumps(result) + "\n").encode())
 
 
 def main(argv=None):
     command = parser("sanity.py", __doc__.splitlines()[0], sanity)
     command.add_argument("--restarts", type=COUNT, help="also so many random starts of pgd-50 and learned-10")
-    command.add_argument("--judge", choices=JUDGES, nargs="+", default=(), help="also these; each writes NAME.json")
+    command.add_argument("--judge", choices=JUDGES, nargs="+", default=(), help="only these; each writes NAME.json")
     command.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
     return as_program(command.parse_args(argv))
 

@@ -3,12 +3,13 @@
     python3 results/table.py results/mnist
 """
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "learned-10", "sharp-10", "referee", "autoattack", "worst"
-ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "rnn-trades-rnn", "rnn-trades"
+COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "apgd-ce", "learned-10", "sharp-10", "worst"
+ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "rnn-trades"
 
 
 def read(folder, what):
@@ -34,25 +35,42 @@ def table(found, kind, factor, digits):
         print(f"| {method} | {len(runs)} | {' | '.join(spread(each, digits) for each in values)} |")
 
 
+def t_test(gains):
+    """The paired t, and its two-sided p: with t = √n·tan(a), Student's density is cos(a)^(n−1), n degrees of freedom."""
+    n, t = len(gains) - 1, mean(gains) / stdev(gains) * len(gains) ** 0.5
+    angles = [(i + 0.5) / 20000 * math.pi / 2 for i in range(20000)]
+    tail = [math.cos(a) ** (n - 1) for a in angles if a > math.atan(abs(t) / n ** 0.5)]
+    return t, sum(tail) / sum(math.cos(a) ** (n - 1) for a in angles)
+
+
+def mcnemar(ours, theirs):
+    """The images that only one of two runs gets right, and the exact two-sided p that they fall like a coin."""
+    won, lost = len({*theirs} - {*ours}), len({*ours} - {*theirs})  # of numbers of broken images
+    return won, lost, min(1.0, sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost - 1))
+
+
 def leads(found):
-    """How far rnn-adv and rnn-trades are above their twins by hand in the worst case; the paired t, mean / (sd / √n).
-    (The small cell has no twin: its own attack is not the one lent to advtrain.)"""
+    """How far a method is above its twin by hand in the worst case."""
     for name, runs in found.items():
-        twin = name.replace("rnn-adv", "advtrain").replace("rnn-trades", "trades")
-        seeds = sorted(runs.keys() & found.get(twin, {})) if twin != name else []
-        gains = [100 * (runs[seed]["accuracy"]["worst"] - found[twin][seed]["accuracy"]["worst"]) for seed in seeds]
+        twin = {"rnn-adv": "advtrain", "rnn-adv-rnn": "advtrain", "advtrain-bls": "advtrain", "rnn-trades": "trades"}
+        theirs = found.get(twin.get(name), {})
+        seeds = sorted(runs.keys() & theirs.keys())
+        gains = [100 * (runs[seed]["accuracy"]["worst"] - theirs[seed]["accuracy"]["worst"]) for seed in seeds]
         if gains:
-            each = ", ".join(f"{gain:+.2f} (s{seed})" for seed, gain in zip(seeds, gains))
-            t = f", t = {mean(gains) / stdev(gains) * len(gains) ** 0.5:.1f}" if len({*gains}) > 1 else ""
-            print(f"\n{name} above {twin}, worst, in points: {each}; {spread(gains, 2)}{t}")
+            each = ", ".join(f"{gain:+.2f}" for gain in gains)
+            test = "; t = {:.1f}, p = {:.2g}".format(*t_test(gains)) if len({*gains}) > 1 else ""
+            print(f"\n{name} above {twin[name]}, worst, in points, seeds {seeds}: {each}; {spread(gains, 2)}{test}")
+            if "broken" in runs[seeds[0]]:
+                print("McNemar, images won, lost, p: " + "; ".join(
+                    "{}, {}, {:.2g}".format(*mcnemar(runs[seed]["broken"], theirs[seed]["broken"])) for seed in seeds))
 
 
 if __name__ == "__main__":
-    for what in "best", "last", "sharp", "all", "referee", "autoattack":
+    for what in "best", "last", "referee", "autoattack":
         if found := read(sys.argv[1], what):
             images = {str(run["images"]) for runs in found.values() for run in runs.values()}
             print(f"\n{what}: the first {' or '.join(sorted(images))} test images")
             table(found, "accuracy", 100, 2)
             leads(found)
-            if what not in ("referee", "autoattack"):  # their losses are not kept
+            if what in ("best", "last"):  # the others' losses are not kept
                 table(found, "loss", 1, 4)
