@@ -10,6 +10,7 @@ radius is eps=8/255.
 [2] Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019, arXiv 1901.08573
 [3] Carlini & Wagner, Towards Evaluating the Robustness of Neural Networks, S&P 2017, arXiv 1608.04644
 [4] Tsipras et al., Robustness May Be at Odds with Accuracy, ICLR 2019, arXiv 1805.12152
+[5] Dong et al., Boosting Adversarial Attacks with Momentum, CVPR 2018, arXiv 1710.06081
 """
 import gzip
 import hashlib
@@ -162,19 +163,24 @@ def sign(g):
 
 
 @torch.no_grad()
-def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaussian", line_search=False):
+def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaussian", line_search=False,
+        momentum=False):
     """Projected gradient ascent on the objective's inner loss, x' ← Π(x' + step_size·sign(g))  [1].
 
     x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. Returns x' like x, within eps of
     it. line_search: find each step by backtracking instead, from step_size down. (The paper's evidence that PGD with
-    one fixed step is not the best maximiser.) Raises InputError.
+    one fixed step is not the best maximiser.) momentum: follow the sum of all gradients so far, each over its L1 norm
+    (MI-FGSM)  [5]. Raises InputError.
     """
     check(x, y, eps, steps, step_size)
     with eval_mode(model):
         target = objective.target(model, x, y)
-        x_adv = start_point(x, eps, start)  # (B, C, H, W), like g
+        x_adv, gathered = start_point(x, eps, start), 0.0  # (B, C, H, W), like g
         for _ in range(steps):
             g, loss = input_gradient(model, x_adv, objective, target)
+            if momentum:
+                norm = g.abs().sum((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)  # (B, 1, 1, 1)
+                g = gathered = gathered + g / norm
             if line_search:
                 x_adv = backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size)
             else:

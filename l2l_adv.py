@@ -180,10 +180,11 @@ def update(loss, *torch_optimizers):
         each.step()
 
 
-def train_step_pgd(model, opt_theta, x, y, *, eps, step_size, steps, objective=AdvTrain(), line_search=False):
-    """PGD finds x', θ descends on it: AdvTrain or TRADES. Arguments as for pgd; opt_theta: the torch optimizer of the
-    weights of `model`. Returns the outer loss, a scalar tensor. Raises InputError, NotFinite."""
-    x_adv = pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective, line_search=line_search)
+def train_step_pgd(model, opt_theta, x, y, *, objective=AdvTrain(), **budget):
+    """PGD finds x', θ descends on it: AdvTrain or TRADES. budget: eps, step_size, steps and what else pgd takes;
+    opt_theta: the torch optimizer of the weights of `model`. Returns the outer loss, a scalar tensor. Raises
+    InputError, NotFinite."""
+    x_adv = pgd(model, x, y, objective=objective, **budget)
     loss = theta_gradient(model, opt_theta, objective, x, x_adv, y)
     update(loss, opt_theta)
     return loss
@@ -242,7 +243,8 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
 
 METHODS = {  # the paper's grid: an objective, and who maximises its inner loss
     "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-bls": (AdvTrain, "line search"),
-    "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
+    "trades": (Trades, "pgd"), "trades-mi": (Trades, "momentum"),
+    "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
 DEFAULTS = {  # of the settings that are left at None: by data set, then by model
     "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3},
     "mnist": {"model": "small", "eps": 0.3, "epochs": 3, "lr": 0.05},
@@ -381,7 +383,7 @@ class Training:
         if self.maximiser == "learned":
             return train_step_learned(model, self.optimizer, self.opt_theta, self.opt_phi, x, y, **budget)
         return train_step_pgd(model, self.opt_theta, x, y, step_size=ramp * settings.step_size, **budget,
-                              line_search=self.maximiser == "line search")
+                              line_search=self.maximiser == "line search", momentum=self.maximiser == "momentum")
 
     def epoch(self):
         """One pass over the training images in whole batches. Returns the mean outer loss."""

@@ -180,6 +180,19 @@ def test_one_pgd_step_is_the_sign_of_the_gradient_at_the_start_point(start):
     assert torch.allclose(x_adv, project(x_0 + 0.03 * g.sign(), x, 0.1), atol=1e-15)
 
 
+def test_momentum_follows_the_sum_of_the_gradients_each_over_its_l1_norm():
+    model, x, y = problem()
+    x_adv, gathered = project(x + 0.001 * seeded(1, torch.randn_like, x), x, 0.1), torch.zeros_like(x)
+    for _ in range(4):
+        z = x_adv.clone().requires_grad_()
+        g, = torch.autograd.grad(F.cross_entropy(model(z), y), z)
+        gathered += F.normalize(g.flatten(1), p=1).view_as(g)
+        x_adv = project(x_adv + 0.06 * gathered.sign(), x, 0.1)
+    budget = dict(eps=0.1, step_size=0.06, steps=4)
+    assert torch.allclose(seeded(1, pgd, model, x, y, **budget, momentum=True), x_adv, atol=1e-15)
+    assert not torch.allclose(seeded(1, pgd, model, x, y, **budget), x_adv, atol=1e-3)
+
+
 def test_line_search_halves_each_image_s_step_until_armijo_s_condition_holds():
     model, y = Hill(lambda x: -10 * (x - 0.5) ** 2).double(), torch.zeros(4, dtype=torch.long)
     x = torch.tensor([0.2, 0.395, 0.47, 0.499]).double().view(4, 1, 1, 1)  # ever nearer to the top, at 0.5
@@ -612,11 +625,11 @@ def test_with_batch_norm_the_attack_is_in_eval_mode_and_the_free_g_T_in_train_mo
     assert not torch.equal(flat(model.buffers()), flat(still.buffers()))
 
 
-@pytest.mark.parametrize("line_search", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"line_search": True}, {"momentum": True}])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_train_step_pgd_is_one_descent_step(objective, line_search):
+def test_train_step_pgd_is_one_descent_step(objective, kind):
     model, x, y = problem()
-    budget = dict(eps=0.1, step_size=0.05, steps=3, objective=objective, line_search=line_search)
+    budget = dict(eps=0.1, step_size=0.05, steps=3, objective=objective, **kind)
     loss = objective.outer_loss(model, x, seeded(1, pgd, model, x, y, **budget), y)
     expected = weights_of(model) - 0.1 * flat(torch.autograd.grad(loss, list(model.parameters())))
     got = seeded(1, train_step_pgd, model, torch.optim.SGD(model.parameters(), 0.1), x, y, **budget)
@@ -722,9 +735,10 @@ def test_every_method_trains_and_is_evaluated(tiny, capsys, method):
 
 @pytest.mark.parametrize("method, step, expected", [
     ("rnn-adv", "train_step_learned", {"objective": 1.0}), ("rnn-trades", "train_step_learned", {"objective": 2.0}),
-    ("advtrain", "train_step_pgd", {"objective": 1.0, "step_size": 0.0125, "line_search": False}),
-    ("advtrain-bls", "train_step_pgd", {"objective": 1.0, "step_size": 0.05, "line_search": True}),
-    ("trades", "train_step_pgd", {"objective": 2.0, "step_size": 0.0125, "line_search": False})])
+    ("advtrain", "train_step_pgd", {"objective": 1.0, "step_size": 0.0125, "line_search": False, "momentum": False}),
+    ("advtrain-bls", "train_step_pgd", {"objective": 1.0, "step_size": 0.05, "line_search": True, "momentum": False}),
+    ("trades", "train_step_pgd", {"objective": 2.0, "step_size": 0.0125, "line_search": False, "momentum": False}),
+    ("trades-mi", "train_step_pgd", {"objective": 2.0, "step_size": 0.0125, "line_search": False, "momentum": True})])
 def test_a_method_takes_the_step_of_its_name(monkeypatch, method, step, expected):
     x, y, seen = torch.zeros(10, 1, 4, 4), torch.arange(10), []
     settings = Settings(out="none", method=method, eps=0.1, steps=3, beta=2.0)

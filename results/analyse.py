@@ -13,24 +13,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import AdvTrain, InputError, Trades, eval_mode, evaluate, input_gradient, pgd, project, sign, start_point
+from baselines import AdvTrain, InputError, Trades, evaluate, input_gradient, pgd
 from l2l_adv import SHARP, as_program, learned_attack, write_whole
 from results.runs import load, parser
 
 ANALYSES = "step", "longer", "transfer"
 T, LONGER = 10, [10, 20, 40, 100]  # the steps trained for; and those to read the longer attacks at
-
-
-@torch.no_grad()
-def momentum(model, x, y, *, eps, step_size, steps, objective):
-    """MI-FGSM (Dong et al. 2018, arXiv 1710.06081): the sign of the gathered gradients, each over its L1 norm."""
-    with eval_mode(model):
-        target, x_adv, gathered = objective.target(model, x, y), start_point(x, eps), torch.zeros_like(x)
-        for _ in range(steps):
-            g, _ = input_gradient(model, x_adv, objective, target)  # (B, C, H, W)
-            gathered += g / g.abs().sum((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
-            x_adv = project(x_adv + step_size * sign(gathered), x, eps)
-    return x_adv
 
 
 def maximisers(run):
@@ -39,7 +27,7 @@ def maximisers(run):
     for name, size in ("eps/8", eps / 8), ("eps/4", eps / 4), ("eps/2", eps / 2):
         result[f"pgd {name}"] = partial(pgd, run.model, eps=eps, step_size=size)
     for name, size in ("eps/4", eps / 4), ("eps/2", eps / 2), ("eps", eps):
-        result[f"momentum {name}"] = partial(momentum, run.model, eps=eps, step_size=size)
+        result[f"momentum {name}"] = partial(pgd, run.model, eps=eps, step_size=size, momentum=True)
     result["line search, 4 passes a step"] = partial(pgd, run.model, eps=eps, step_size=eps, line_search=True)
     if run.optimizer:
         result["learned"] = partial(learned_attack, run.model, run.optimizer, eps=eps)

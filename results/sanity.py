@@ -18,7 +18,7 @@ from l2l_adv import COUNT, as_program, lent_optimizer, named_attacks, write_whol
 from results.runs import load, parser
 
 JUDGES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"),  # what an image has to survive
-          "referee": ("apgd-ce", "apgd-t", "learned-10", "sharp-10")}
+          "referee": ("apgd-ce", "apgd-t3", "learned-10", "sharp-10")}
 
 
 def not_above(a, b):
@@ -62,8 +62,8 @@ def restarts(run, n):
 
 
 def autoattack(eps, seed):
-    """{name: attack}, the four of the standard AutoAttack (Croce & Hein 2020, arXiv 2003.01690), as `evaluate` takes
-    them. Raises InputError."""
+    """{name: attack}, as `evaluate` takes them: the four of the standard AutoAttack (Croce & Hein 2020, arXiv
+    2003.01690), and apgd-t3, apgd-t to three classes in place of nine. Raises InputError."""
     try:
         from torchattacks import APGD, APGDT, FAB, Square
     except ImportError:
@@ -71,6 +71,7 @@ def autoattack(eps, seed):
     budget = {"eps": eps, "seed": seed}
     return {"apgd-ce": lambda model, x, y: APGD(model, **budget, steps=100)(x, y).detach(),
             "apgd-t": lambda model, x, y: APGDT(model, **budget, steps=100)(x, y).detach(),
+            "apgd-t3": lambda model, x, y: APGDT(model, **budget, steps=100, n_classes=4)(x, y).detach(),
             "fab-t": lambda model, x, y: FAB(model, **budget, steps=100, multi_targeted=True)(x, y).detach(),
             "square": lambda model, x, y: Square(model, **budget, n_queries=5000)(x, y).detach()}
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "apgd-ce", "learned-10", "sharp-10", "worst"
-ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "rnn-trades"
+ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "trades-mi", "rnn-trades"
+
+LEADS = (("rnn-adv", "advtrain"), ("rnn-adv-rnn", "advtrain"), ("advtrain-bls", "advtrain"), ("rnn-trades", "trades"),
+         ("rnn-trades", "trades-mi"), ("trades-mi", "trades"))
 
 
 def read(folder, what):
@@ -50,16 +53,15 @@ def mcnemar(ours, theirs):
 
 
 def leads(found):
-    """How far a method is above its twin by hand in the worst case."""
-    for name, runs in found.items():
-        twin = {"rnn-adv": "advtrain", "rnn-adv-rnn": "advtrain", "advtrain-bls": "advtrain", "rnn-trades": "trades"}
-        theirs = found.get(twin.get(name), {})
+    """How far one method is above another in the worst case."""
+    for name, twin in LEADS:
+        runs, theirs = found.get(name, {}), found.get(twin, {})
         seeds = sorted(runs.keys() & theirs.keys())
         gains = [100 * (runs[seed]["accuracy"]["worst"] - theirs[seed]["accuracy"]["worst"]) for seed in seeds]
         if gains:
             each = ", ".join(f"{gain:+.2f}" for gain in gains)
             test = "; t = {:.1f}, p = {:.2g}".format(*t_test(gains)) if len({*gains}) > 1 else ""
-            print(f"\n{name} above {twin[name]}, worst, in points, seeds {seeds}: {each}; {spread(gains, 2)}{test}")
+            print(f"\n{name} above {twin}, worst, in points, seeds {seeds}: {each}; {spread(gains, 2)}{test}")
             if "broken" in runs[seeds[0]]:
                 print("McNemar, images won, lost, p: " + "; ".join(
                     "{}, {}, {:.2g}".format(*mcnemar(runs[seed]["broken"], theirs[seed]["broken"])) for seed in seeds))
