@@ -5,19 +5,22 @@
 #   MODEL=resnet18 bash results/reproduce.sh cifar10 rnn-trades-s0 trades-s0       another classifier than vgg16
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
-# Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is judged, of "referee
-# best last autoattack" (all; autoattack only seed 0); to rehearse TEST_LIMIT.
+# Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all of
+# "referee best last autoattack", the last for seed 0 only); to rehearse TEST_LIMIT.
 # The referee and AutoAttack need a package: python3 -m pip install --no-deps torchattacks scipy
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-dataset=${1-} model=${MODEL:-vgg16} main=({advtrain,rnn-adv,trades,rnn-trades}-s0)
-names=("${main[@]}" "${main[@]/%0/1}") autoattacked=${TEST_LIMIT:-1000}
+dataset=${1-} model=${MODEL:-vgg16} main=({advtrain,rnn-adv,trades,rnn-trades}-s0) more=() seeds="0 1"
+autoattacked=${TEST_LIMIT:-1000}
 [[ $dataset =~ ^(mnist|cifar10)$ ]] || { echo "reproduce.sh: say mnist or cifar10, see its top" >&2; exit 2; }
 if [[ $dataset == mnist ]]; then
     export OMP_NUM_THREADS=1
-    names+=({advtrain,rnn-adv,trades,rnn-trades}-s{2,3,4} {advtrain-bls,rnn-adv-rnn}-s{0,1,2} plain-s0)
-    model=small autoattacked=${TEST_LIMIT:-500}
+    model=small autoattacked=${TEST_LIMIT:-500} seeds="0 1 2 3 4"
+    main+=(trades-mi-s0) more=({advtrain-bls,rnn-adv-rnn}-s{0,1,2} plain-s0)
 fi
+names=()
+for seed in $seeds; do names+=("${main[@]/%0/$seed}"); done
+names+=("${more[@]}")
 export RUNS=${RUNS:-runs/$dataset${MODEL:+-$MODEL}} MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
 
 if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: first to train it, then to attack it
@@ -25,7 +28,7 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
     exec >>"$run.log" 2>&1
     case $method in  # those trained by hand face the learned optimizer of their twin
         *-rnn) cell=rnn method=${method%-rnn} ;;
-        trades) lender=$RUNS/rnn-trades-s$seed ;;
+        trades*) lender=$RUNS/rnn-trades-s$seed ;;
         plain | advtrain*) lender=$RUNS/rnn-adv-s$seed ;;
     esac
     [[ $3 == attack ]] || exec python3 l2l_adv.py train --resume --out "$run" --method "$method" --cell "$cell" \

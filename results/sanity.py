@@ -1,7 +1,7 @@
-"""How far to trust a run's accuracies: is the gradient masked, and do restarts or other attacks break more images?
+"""How far to trust a run's accuracies: is the gradient masked, and do stronger attacks break more images?
 
-    python3 results/sanity.py runs/* [--limit 256] [--restarts 20]
-    python3 results/sanity.py runs/* --judge referee autoattack    # instead: what strong attacks leave
+    python3 results/sanity.py runs/* [--limit 256]
+    python3 results/sanity.py runs/* --judge referee autoattack    # instead: what is left of the images
 
 Accuracies in %, PGD with steps of eps/4. The questions are those of Athalye et al. (2018, arXiv 1802.00420) and Carlini
 et al. (2019, arXiv 1902.06705). A model that fails one may be less robust than its table says.
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import AdvTrain, InputError, evaluate, input_gradient, pgd, start_point, under_attack
-from l2l_adv import COUNT, as_program, lent_optimizer, named_attacks, write_whole
+from baselines import AdvTrain, InputError, input_gradient, pgd, start_point, under_attack
+from l2l_adv import as_program, lent_optimizer, named_attacks, write_whole
 from results.runs import load, parser
 
 JUDGES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"),  # what an image has to survive
@@ -54,13 +54,6 @@ def checks(run, others):
                {"transferred": transferred, "white box": pgd_10})
 
 
-def restarts(run, n):
-    """{attack: accuracy after n attacks from random points of the ball, all of which an image must survive}."""
-    attacks = named_attacks(("pgd-50", "learned-10"), run.settings.eps, run.optimizer, start="uniform")
-    return {name: evaluate(run.model, run.x, run.y, {str(i): attack for i in range(n)}, run.batch_size)["worst"]
-            for name, attack in attacks.items()}
-
-
 def autoattack(eps, seed):
     """{name: attack}, as `evaluate` takes them: the four of the standard AutoAttack (Croce & Hein 2020, arXiv
     2003.01690), and apgd-t3, apgd-t to three classes in place of nine. Raises InputError."""
@@ -90,8 +83,6 @@ def sanity(args):
         for question, passed, masks in checks(run, [other for other in runs if other is not run]):
             numbers = ", ".join(f"{name} {100 * mask.double().mean():.2f}" for name, mask in masks.items())
             print(f"  {'pass' if passed else 'FAIL'}  {question}: {numbers}", flush=True)
-        for name, accuracy in (restarts(run, args.restarts) if args.restarts else {}).items():
-            print(f"        {args.restarts} random starts of {name} leave {100 * accuracy:.2f}", flush=True)
 
 
 def judge(name, run, theirs, lent, checkpoint):
@@ -113,7 +104,6 @@ def judge(name, run, theirs, lent, checkpoint):
 
 def main(argv=None):
     command = parser("sanity.py", __doc__.splitlines()[0], sanity)
-    command.add_argument("--restarts", type=COUNT, help="also so many random starts of pgd-50 and learned-10")
     command.add_argument("--judge", choices=JUDGES, nargs="+", default=(), help="only these; each writes NAME.json")
     command.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
     return as_program(command.parse_args(argv))

@@ -10,7 +10,6 @@ from statistics import mean, stdev
 
 COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "apgd-ce", "learned-10", "sharp-10", "worst"
 ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "trades-mi", "rnn-trades"
-
 LEADS = (("rnn-adv", "advtrain"), ("rnn-adv-rnn", "advtrain"), ("advtrain-bls", "advtrain"), ("rnn-trades", "trades"),
          ("rnn-trades", "trades-mi"), ("trades-mi", "trades"))
 
