@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from table import read
 
-STYLES = {"advtrain": "C0--o", "rnn-adv": "C0-o", "trades": "C1--s", "rnn-trades": "C1-s"}
+STYLES = {"advtrain": "C0--o", "rnn-adv": "C0-o", "trades": "C1:s", "trades-mi": "C1--s", "rnn-trades": "C1-s"}
 BATCH = 64
 
 
@@ -25,7 +25,8 @@ def points(folder):
                 accuracy = [100 * run["accuracy"]["worst"] for run in runs.values()]
                 logs = [(schedule / f"{method}-s{seed}.log.jsonl").read_text().splitlines() for seed in runs]
                 seconds = mean(sum(json.loads(row)["seconds"] for row in log) for log in logs)
-                result[method].append((epochs * (images // BATCH), seconds, mean(accuracy), stdev(accuracy)))
+                result[method].append((epochs * (images // BATCH), seconds, mean(accuracy),
+                                       stdev(accuracy) if len(accuracy) > 1 else 0.0))
     return result
 
 

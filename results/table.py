@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-COLUMNS = "natural", "pgd-10", "pgd-100", "cw-100", "apgd-ce", "learned-10", "sharp-10", "worst"
+COLUMNS = ("natural", "pgd-10", "pgd-100", "cw-100", "apgd-ce", "apgd-t3", "apgd-t", "fab-t",
+           "square", "learned-10", "sharp-10", "worst")
 ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "trades-mi", "rnn-trades"
 LEADS = (("rnn-adv", "advtrain"), ("rnn-adv-rnn", "advtrain"), ("advtrain-bls", "advtrain"), ("rnn-trades", "trades"),
          ("rnn-trades", "trades-mi"), ("trades-mi", "trades"))
@@ -57,7 +58,8 @@ def leads(found):
     for name, twin in LEADS:
         runs, theirs = found.get(name, {}), found.get(twin, {})
         seeds = sorted(runs.keys() & theirs.keys())
-        gains = [100 * (runs[seed]["accuracy"]["worst"] - theirs[seed]["accuracy"]["worst"]) for seed in seeds]
+        gains = [round(100 * (runs[seed]["accuracy"]["worst"] - theirs[seed]["accuracy"]["worst"]), 6)
+                 for seed in seeds]
         if gains:
             each = ", ".join(f"{gain:+.2f}" for gain in gains)
             test = "; t = {:.1f}, p = {:.2g}".format(*t_test(gains)) if len({*gains}) > 1 else ""
@@ -71,7 +73,8 @@ if __name__ == "__main__":
     for what in "best", "last", "referee", "autoattack":
         if found := read(sys.argv[1], what):
             images = {str(run["images"]) for runs in found.values() for run in runs.values()}
-            print(f"\n{what}: the first {' or '.join(sorted(images))} test images")
+            left = "" if what in ("best", "last") else "; what is left after each attack and those before it"
+            print(f"\n{what}: the first {' or '.join(sorted(images))} test images{left}")
             table(found, "accuracy", 100, 2)
             leads(found)
             if what in ("best", "last"):  # the others' losses are not kept
