@@ -78,9 +78,7 @@ def sanity(args):
         torch.manual_seed(args.seed)
         for name in args.judge:
             judge(name, run, theirs, lent, args.checkpoint)
-        if args.judge:
-            continue
-        for question, passed, masks in checks(run, [other for other in runs if other is not run]):
+        for question, passed, masks in () if args.judge else checks(run, [other for other in runs if other is not run]):
             numbers = ", ".join(f"{name} {100 * mask.double().mean():.2f}" for name, mask in masks.items())
             print(f"  {'pass' if passed else 'FAIL'}  {question}: {numbers}", flush=True)
 
