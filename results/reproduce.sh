@@ -6,7 +6,7 @@
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
 # Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all of
-# "referee best last autoattack", the last for seed 0 only); to rehearse TEST_LIMIT.
+# "referee referee-last best last autoattack", the last for seed 0 only); to rehearse TEST_LIMIT.
 # The referee and AutoAttack need a package: python3 -m pip install --no-deps torchattacks scipy
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -34,19 +34,24 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
     [[ $3 == attack ]] || exec python3 l2l_adv.py train --resume --out "$run" --method "$method" --cell "$cell" \
         --seed "$seed" --dataset "$dataset" --model "$model" ${EPOCHS:+--epochs "$EPOCHS"} ${LIMIT:+--limit "$LIMIT"}
     cp "$run/log.jsonl" "$numbers.log.jsonl"
-    for what in ${WHAT:-referee best last autoattack}; do
+    for what in ${WHAT:-referee referee-last best last autoattack}; do
+        checkpoint=best same=
         case $what in
-            best | last) made=eval.json command=(l2l_adv.py eval --checkpoint "$what" --limit "${TEST_LIMIT:-10000}"
-                --attacks "pgd-10,pgd-100,cw-100,learned-10,sharp-10") ;;
-            referee) made=referee.json command=(results/sanity.py --judge referee --limit "${TEST_LIMIT:-1000}") ;;
+            best | last) made=eval.json command=(l2l_adv.py eval --limit "${TEST_LIMIT:-10000}" --attacks
+                "pgd-10,pgd-100,cw-100,learned-10,sharp-10") ;;
+            referee*) made=referee.json command=(results/sanity.py --judge referee --limit "${TEST_LIMIT:-1000}") ;;
             autoattack) made=autoattack.json command=(results/sanity.py --judge autoattack --limit "$autoattacked")
                 [[ " ${main[*]} " == *" $4 "* ]] || continue ;;
         esac
+        case $what in
+            last) checkpoint=last same=best ;;
+            referee-last) checkpoint=last same=referee ;;
+        esac
         [[ ! -e $numbers.$what.json ]] || continue
-        if [[ $what == last && -e $numbers.best.json ]] && cmp -s "$run/best.pt" "$run/last.pt"; then
-            sed 's/"best"/"last"/' "$numbers.best.json" >"$numbers.last.json" && continue  # the same weights
+        if [[ -e $numbers.$same.json ]] && cmp -s "$run"/{best,last}.pt && cmp -s "$lender"/{best,last}.pt; then
+            sed 's/"best"/"last"/' "$numbers.$same.json" >"$numbers.$what.json" && continue  # the same weights
         fi
-        python3 "${command[@]}" --lend "$lender" "$run"
+        python3 "${command[@]}" --checkpoint "$checkpoint" --lend "$lender" "$run"
         mv "$run/$made" "$numbers.$what.json"
     done
     exit

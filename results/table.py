@@ -70,7 +70,7 @@ def leads(found):
 
 
 if __name__ == "__main__":
-    for what in "best", "last", "referee", "autoattack":
+    for what in "best", "last", "referee", "referee-last", "autoattack":
         if found := read(sys.argv[1], what):
             images = {str(run["images"]) for runs in found.values() for run in runs.values()}
             left = "" if what in ("best", "last") else "; what is left after each attack and those before it"
