@@ -170,9 +170,11 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
     x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. Returns x' like x, within eps of
     it. line_search: find each step by backtracking instead, from step_size down. (The paper's evidence that PGD with
     one fixed step is not the best maximiser.) momentum: follow the sum of all gradients so far, each over its L1 norm
-    (MI-FGSM)  [5]. Raises InputError.
+    (MI-FGSM)  [5]; not both. Raises InputError.
     """
     check(x, y, eps, steps, step_size)
+    if line_search and momentum:  # the slope that a line search measures is that of g, not of the sum
+        raise InputError("choose line_search or momentum, not both")
     with eval_mode(model):
         target = objective.target(model, x, y)
         x_adv, gathered = start_point(x, eps, start), 0.0  # (B, C, H, W), like g

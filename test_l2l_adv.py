@@ -1004,6 +1004,7 @@ def test_attacks_and_training_steps_refuse_bad_input(change, words):
     (lambda: pgd(NET, X, Y, eps=0.1, step_size=0.0, steps=1), "step_size must"),
     (lambda: pgd(NET, X, Y, eps=0.1, step_size=2, steps=1), "step_size must"),
     (lambda: pgd(NET, X, Y, eps=0.1, step_size=0.1, steps=1, start="zero"), "start must"),
+    (lambda: pgd(NET, X, Y, eps=0.1, step_size=0.1, steps=1, line_search=True, momentum=True), "not both"),
     (lambda: learned_attack(NET, None, X, Y, eps=0.1, steps=1), "needs a LearnedOptimizer"),
     (lambda: train_optimizer(NET, [], eps=0.1), "no batch"), (lambda: evaluate(NET, X * 2, Y, {}), "divide by 255"),
     (lambda: evaluate(NET, X, Y, {}, batch_size=0), "batch_size"), (lambda: NET(X[:, :1]), "takes images"),
