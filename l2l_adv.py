@@ -4,7 +4,7 @@ Adversarial training solves min_θ E max_x' L(f_θ(x'), y) over ‖x' − x‖�
 hand-made steps. Here a small recurrent network m_φ, the same for every pixel, learns to climb it while f_θ trains:
 
     for each mini-batch (x, y):                                                      where
-      h_0 = 0, x'_0 = x + 0.001·N(0, I)                                              ascend
+      h_0 = 0, x'_0 = x + 0.001·N(0, I), or uniform in the ball                      ascend
       for t = 0 … T−1:
         g_t = ∇_x' L(f_θ(x'_t), y)                                                   baselines.input_gradient
         δ_t, h_{t+1} = m_φ(g_t, h_t), δ_t in units of eps                            scaled, LearnedOptimizer.forward
@@ -88,11 +88,10 @@ class LearnedOptimizer(nn.Module):
 
 
 def scaled(g):
-    """u_t, what m_φ sees of g_t (B, C, H, W): each image's gradient over its mean |g|, through asinh(100·)/asinh(100),
-    which is linear near 0 and logarithmic beyond; as one vector (N,), N = B·C·H·W. The paper leaves scaling open.
-    Gradients shrink by orders of magnitude as the classifier grows sure, and within an image they differ by as many."""
+    """u_t, what m_φ sees of g_t (B, C, H, W): each image's gradient over its mean |g|, as one vector (N,), N = B·C·H·W.
+    The paper leaves scaling open. Gradients shrink by orders of magnitude as the classifier grows sure."""
     mean = g.abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)  # (B, 1, 1, 1)
-    return torch.asinh(100 * (g / mean)).flatten() / math.asinh(100)
+    return (g / mean).flatten()
 
 
 # ---- 2. The learned inner maximiser, and the gradient of φ for free -------------------------------------------------
@@ -181,25 +180,26 @@ def update(loss, *torch_optimizers):
         each.step()
 
 
-def train_step_pgd(model, opt_theta, x, y, *, objective=AdvTrain(), **budget):
+def train_step_pgd(model, opt_theta, x, y, *, objective=AdvTrain(), start="uniform", **budget):
     """PGD finds x', θ descends on it: AdvTrain or TRADES. budget: eps, step_size, steps and what else pgd takes;
     opt_theta: the torch optimizer of the weights of `model`. Returns the outer loss, a scalar tensor. Raises
     InputError, NotFinite."""
-    x_adv = pgd(model, x, y, objective=objective, **budget)
+    x_adv = pgd(model, x, y, objective=objective, start=start, **budget)
     loss = theta_gradient(model, opt_theta, objective, x, x_adv, y)
     update(loss, opt_theta)
     return loss
 
 
-def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps, objective=AdvTrain(), share=1 / 16):
+def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps, objective=AdvTrain(), start="uniform",
+                       share=1 / 16):
     """The learned optimizer finds x'; from the same attack φ ascends and θ descends: RNN-Adv or RNN-TRADES.
 
     opt_theta, opt_phi: the torch optimizers of the weights of `model` and of `optimizer`. x: (B, C, H, W) in [0, 1]; y:
-    (B,); eps in [0, 1] pixel scale; share: of the coordinates, those that φ learns from. Returns the outer loss, a
-    scalar tensor. Raises InputError, NotFinite.
+    (B,); eps in [0, 1] pixel scale; start: see start_point, "gaussian" is the paper's; share: of the coordinates, those
+    that φ learns from. Returns the outer loss, a scalar tensor. Raises InputError, NotFinite.
     """
     check(x, y, eps, steps)
-    x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, share=share)
+    x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, start, share=share)
     if type(objective) in (AdvTrain, Trades):
         # Their outer loss is, in x', beta times the batch mean of the inner one, so g_T comes with θ's backward pass.
         # That runs in the model's training mode: with batch norm, g_T and TRADES' f(x) use the batch's statistics,

@@ -472,8 +472,7 @@ def unrolled(model, optimizer, x, y, eps, steps, objective):
     for _ in range(steps):
         at = x_adv.detach().requires_grad_()
         gradients += torch.autograd.grad(objective.inner_loss(model(at), target).sum(), at)
-        z = 100 * x[0].numel() * F.normalize(gradients[-1].flatten(1), p=1)  # 100 g / mean |g|
-        inputs.append((z.sign() * (z.abs() + (z ** 2 + 1).sqrt()).log() / np.arcsinh(100)).flatten())
+        inputs.append((gradients[-1] / gradients[-1].abs().mean((1, 2, 3), keepdim=True)).flatten())
         delta, state = optimizer(inputs[-1], state)
         x_adv = torch.min(torch.max(x_adv + eps * delta.view(x.shape), x - eps), x + eps).clamp(0, 1)
         points.append(x_adv)
@@ -560,7 +559,7 @@ def moved(model, optimizer, x, y, objective, eps=0.2, steps=5, share=1.0):
     before = weights_of(optimizer), weights_of(model)
     opt_phi, opt_theta = (torch.optim.SGD(player.parameters(), 0.1) for player in (optimizer, model))
     seeded(7, train_step_learned, model, optimizer, opt_theta, opt_phi, x, y, eps=eps, steps=steps, objective=objective,
-           share=share)
+           start="gaussian", share=share)
     return (weights_of(optimizer) - before[0]) / 0.1, (weights_of(model) - before[1]) / 0.1
 
 
@@ -631,10 +630,19 @@ def test_with_batch_norm_the_attack_is_in_eval_mode_and_the_free_g_T_in_train_mo
 def test_train_step_pgd_is_one_descent_step(objective, kind):
     model, x, y = problem()
     budget = dict(eps=0.1, step_size=0.05, steps=3, objective=objective, **kind)
-    loss = objective.outer_loss(model, x, seeded(1, pgd, model, x, y, **budget), y)
+    loss = objective.outer_loss(model, x, seeded(1, pgd, model, x, y, **budget, start="uniform"), y)
     expected = weights_of(model) - 0.1 * flat(torch.autograd.grad(loss, list(model.parameters())))
     got = seeded(1, train_step_pgd, model, torch.optim.SGD(model.parameters(), 0.1), x, y, **budget)
     assert torch.equal(got, loss.detach()) and torch.allclose(weights_of(model), expected, atol=1e-14)
+
+
+def test_the_learned_step_starts_anywhere_in_the_ball():
+    (model, x, y), optimizer, started = problem(), big_steps(), []
+    opts = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(optimizer.parameters(), 0.1)
+    model.register_forward_pre_hook(lambda _, images: started.append(images[0].detach().clone()))
+    seeded(7, train_step_learned, model, optimizer, *opts, x, y, eps=0.1, steps=2)
+    noise = 0.2 * seeded(7, torch.rand_like, x) - 0.1
+    assert torch.allclose(started[0], project(x + noise, x, 0.1), atol=1e-15)
 
 
 @pytest.mark.parametrize("bad", ["loss", "theta", "phi"])

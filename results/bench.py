@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import DATASETS, MODELS, Dataset, load_dataset, progress, to_unit
+from baselines import DATASETS, Dataset, load_dataset, progress, to_unit
 from l2l_adv import COUNT, METHODS, Parser, Settings, Training, as_program
+from results.runs import MODELS  # and cnn4
 
 
 def bench(args):
