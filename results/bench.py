@@ -4,7 +4,6 @@
 
 Every method takes its turn in several rounds, so that a machine that slows down slows all of them.
 """
-import ctypes
 import json
 import statistics
 import sys
@@ -48,40 +47,28 @@ def bench(args):
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds")
     print(f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>9}")
     for method, cost in costs.items():
-        print(f"{method:14}{cost['ms_per_image']:10.3f}{cost['ratio'] or 0:12.3f}{cost['peak_mb'] or 0:9.0f}")
+        peak = f"{cost['peak_mb']:9.0f}" if cost["peak_mb"] else f"{'-':>9}"
+        print(f"{method:14}{cost['ms_per_image']:10.3f}{cost['ratio'] or 0:12.3f}{peak}")
 
 
 def measure(jobs, rounds, device):
-    """Median seconds of each job over the rounds, and from the warm-up round its peak memory: MB above what was in use
-    before, None if unknown."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds, peaks = {name: [] for name in jobs}, {}
+    """Median seconds of each job over the rounds and, on a card, the peak memory of its warm-up: MB above what was in
+    use before, else None."""
+    cuda, seconds, peaks = device.type == "cuda", {name: [] for name in jobs}, dict.fromkeys(jobs)
     for turn in progress(range(rounds + 1), "bench"):
         for name in sorted(jobs, key=lambda name: (list(jobs).index(name) + turn) % len(jobs)):  # another one begins
-            before = peak_memory(device, reset=True) if turn == 0 else None
-            sync()
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             start = time.perf_counter()
             jobs[name]()
-            sync()
+            if cuda:
+                torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-            if turn == 0:
-                peaks[name] = before and (peak_memory(device) - before) / 2 ** 20
+            if cuda and turn == 0:
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
     return {name: statistics.median(each[1:]) for name, each in seconds.items()}, peaks
-
-
-def peak_memory(device, reset=False):
-    """Peak memory in bytes since the last reset: of the card, or of this process where Linux tells it."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    try:
-        if reset:  # hand freed memory back, and let the high-water mark of the resident memory start anew
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    except (OSError, AttributeError, IndexError):
-        return None
 
 
 def main(argv=None):
