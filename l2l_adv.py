@@ -89,8 +89,9 @@ class LearnedOptimizer(nn.Module):
 
 def scaled(g):
     """u_t, what m_φ sees of g_t (B, C, H, W): each image's gradient over its mean |g|, through asinh(100·)/asinh(100),
-    which is linear near 0 and logarithmic beyond; as one vector (N,), N = B·C·H·W. The paper leaves scaling open.
-    Gradients shrink by orders of magnitude as the classifier grows sure, and within an image they differ by as many."""
+    which is linear below a hundredth and logarithmic above; as one vector (N,), N = B·C·H·W. The paper leaves scaling
+    open. Gradients shrink by orders of magnitude as the classifier grows sure, and within an image they differ by as
+    many: where u is linear, most pixels hardly move, and the classifier learns to fool such an attack."""
     mean = g.abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)  # (B, 1, 1, 1)
     return torch.asinh(100 * (g / mean)).flatten() / math.asinh(100)
 
@@ -107,7 +108,7 @@ class Trace(NamedTuple):
 
 
 @torch.no_grad()
-def ascend(model, optimizer, x, y, eps, steps, objective, start="gaussian", gain=1.0, share=0.0):
+def ascend(model, optimizer, x, y, eps, steps, objective, start, gain=1.0, share=0.0):
     """T steps of the learned optimizer from a fresh state. Returns x'_T (B, C, H, W), and the Trace at a `share` of the
     coordinates."""
     with eval_mode(model):
@@ -196,8 +197,11 @@ def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps
     """The learned optimizer finds x'; from the same attack φ ascends and θ descends: RNN-Adv or RNN-TRADES.
 
     opt_theta, opt_phi: the torch optimizers of the weights of `model` and of `optimizer`. x: (B, C, H, W) in [0, 1]; y:
-    (B,); eps in [0, 1] pixel scale; start: see start_point, "gaussian" is the paper's; share: of the coordinates, those
-    that φ learns from. Returns the outer loss, a scalar tensor. Raises InputError, NotFinite.
+    (B,); eps in [0, 1] pixel scale; start: see start_point; share: of the coordinates, those that φ learns from.
+    Returns the outer loss, a scalar tensor. Raises InputError, NotFinite.
+
+    The paper starts near x, as start="gaussian" does. A classifier can learn to fool every attack that starts there
+    (results/mnist.md), so both steps start anywhere in the ball.
     """
     check(x, y, eps, steps)
     x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, start, share=share)
@@ -232,7 +236,7 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
     opt_phi = torch.optim.Adam(optimizer.parameters(), lr)
     for x, y in batches:
         check(x, y, eps, steps)
-        x_adv, trace = ascend(model, optimizer.to(x.device), x, y, eps, steps, objective, share=1.0)
+        x_adv, trace = ascend(model, optimizer.to(x.device), x, y, eps, steps, objective, "gaussian", share=1.0)
         g_T, losses = last_gradient(model, x, x_adv, y, objective)
         phi_gradient(optimizer, opt_phi, trace, g_T, eps)
         update(losses.mean(), opt_phi)  # the losses only have to be finite
@@ -243,7 +247,7 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
 
 # ---- 4. The training loop -------------------------------------------------------------------------------------------
 
-METHODS = {  # the paper's grid: an objective, and who maximises its inner loss
+METHODS = {  # an objective, and who maximises its inner loss; the paper's grid, and trades-mi
     "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-bls": (AdvTrain, "line search"),
     "trades": (Trades, "pgd"), "trades-mi": (Trades, "momentum"),
     "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
@@ -252,6 +256,7 @@ DEFAULTS = {  # of the settings that are left at None: by data set, then by mode
     "mnist": {"model": "small", "eps": 0.3, "epochs": 3, "lr": 0.05},
     "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30},
     "small": {"batch_size": 64, "lr": 0.2, "eps_warmup": 0.25, "padding": 0},
+    "cnn4": {"batch_size": 64, "lr": 0.05, "eps_warmup": 0.25, "padding": 0},
     "vgg16": {"batch_size": 128, "lr": 0.05, "eps_warmup": 0.0, "padding": 4},
     "resnet18": {"batch_size": 128, "lr": 0.1, "eps_warmup": 0.0, "padding": 4},
     "wrn34": {"batch_size": 128, "lr": 0.1, "eps_warmup": 0.0, "padding": 4}}
@@ -288,19 +293,20 @@ class Settings:
     method: str = setting("rnn-adv", "who plays against whom", choices=METHODS)
     dataset: str = setting("synthetic", "what is classified", choices=DATASETS)
     model: str = setting(None, "the classifier; default small, for cifar10 vgg16", choices=MODELS)
-    data_dir: str = setting(None, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, then data/")
-    limit: int = setting(None, "train on so many images; default all but the 1,000 held out", COUNT)
-    padding: int = setting(None, "cifar10: random crops so far beyond the edge; default 4, small 0, which only flips",
+    data_dir: str = setting(None, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, else data/")
+    limit: int = setting(None, "train on so many images; default all but the held-out ones", COUNT)
+    padding: int = setting(None, "cifar10: random crops so far beyond the edge; default 4, small and cnn4 0: flips only",
                            number(0, 33, whole=True))
     eps: float = setting(None, "radius of the attack, in [0, 1] pixels; default 8/255, mnist 0.3", PIXELS)
-    eps_warmup: float = setting(None, "share of the training in which eps grows; default 0, small 0.25", number(0, 1))
+    eps_warmup: float = setting(None, "share of the training in which eps grows; default 0, small and cnn4 0.25",
+                              number(0, 1))
     steps: int = setting(10, "T, the inner steps", COUNT)
     step_size: float = setting(None, "PGD's step; default eps/4, with line search its longest step, eps", PIXELS)
     beta: float = setting(6.0, "weight of TRADES' robust term", POSITIVE)
     cell: str = setting("lstm", "the learned optimizer's recurrent cell", choices=("lstm", "rnn"))
     phi_lr: float = setting(0.01, "learning rate of the learned optimizer (Adam)", POSITIVE)
     epochs: int = setting(None, "passes over the training images; default 3, cifar10 30", COUNT)
-    batch_size: int = setting(None, "images per step; default 64 for small, else 128", COUNT)
+    batch_size: int = setting(None, "images per step; default 64 for small and cnn4, else 128", COUNT)
     lr: float = setting(None, "peak learning rate of the classifier (SGD, one-cycle); by model and data", POSITIVE)
     precision: str = setting(None, "in training; default bf16 on CUDA, else fp32", choices=("fp32", "bf16"))
     compile: str = setting("no", "torch.compile both players", choices=("no", "yes"))
@@ -324,8 +330,9 @@ class Settings:
 
 
 def make_objective(settings):
-    """What settings.method plays for: AdvTrain, or Trades with its beta."""
-    return Trades(settings.beta) if METHODS[settings.method][0] is Trades else AdvTrain()
+    """What settings.method plays for; TRADES and its kind with their beta."""
+    objective = METHODS[settings.method][0]
+    return objective(settings.beta) if issubclass(objective, Trades) else objective()
 
 
 class InBf16(nn.Module):
@@ -542,15 +549,15 @@ def load_classifier(checkpoint):
 
 # ---- 5. The command line: train, eval -------------------------------------------------------------------------------
 
-SHARP = 10.0  # gain of sharp-N: longer steps than φ can learn, on MNIST the stronger attack
+SHARP = 10.0  # gain of sharp-N: longer steps than φ learns, on MNIST mostly the stronger attack
 
 
-def named_attacks(names, eps, optimizer, start="gaussian"):
+def named_attacks(names, eps, optimizer):
     """pgd-N, cw-N (with steps of eps/4), learned-N, sharp-N → {name: callable(model, x, y) → x'}, after N steps each;
     without those that need a learned optimizer, if there is none. On cross-entropy or margins, whatever φ was trained
     on: those are the stronger attacks. Raises InputError."""
     def attack(family, steps):
-        budget = {"eps": eps, "steps": int(steps), "start": start}
+        budget = {"eps": eps, "steps": int(steps)}
         if family == "pgd":
             return lambda model, x, y: pgd(model, x, y, **budget, step_size=eps / 4)
         if family == "cw":

@@ -33,7 +33,7 @@ import l2l_adv
 from baselines import (MODELS, AdvTrain, Dataset, InputError, Margin, NotFinite, SmallCNN, Trades, augment, cw_linf,
                        eval_mode, evaluate, hold_out, input_gradient, load_dataset, pgd, project, to_unit)
 from l2l_adv import (METHODS, InBf16, LearnedOptimizer, Settings, Trace, Training, ascend, learned_attack,
-                     load_classifier, load_run, main, phi_gradient, scaled, theta_gradient, train,
+                     load_classifier, load_run, main, make_objective, phi_gradient, scaled, theta_gradient, train,
                      train_optimizer, train_step_learned, train_step_pgd)
 
 torch.set_num_threads(1)  # the problems are so small that threads would only wait for each other
@@ -239,7 +239,8 @@ def test_evaluate_counts_by_hand():
 
 # ---- baselines 5, 6: classifiers, data -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, millions", [("small", 0.129), ("vgg16", 14.7), ("resnet18", 11.2), ("wrn34", 46.2)])
+@pytest.mark.parametrize("name, millions", [("small", 0.129), ("cnn4", 0.308), ("vgg16", 14.7), ("resnet18", 11.2),
+                                            ("wrn34", 46.2)])
 @torch.no_grad()
 def test_classifiers_have_their_size_and_normalise_inside(name, millions):
     model, x = MODELS[name](in_channels=3).eval(), torch.rand(2, 3, 32, 32)
@@ -509,7 +510,7 @@ def test_meta_gradient_equals_autograd_through_the_unrolled_losses_and_finite_di
     points, _, inputs = seeded(7, unrolled, model, optimizer, x, y, eps, steps, objective)
     assert 0.03 < ((points[-1] - x).abs() > eps - 1e-9).double().mean() < 0.95  # the projection cuts some coordinates
     expected = meta_gradient(model, optimizer, x, y, eps, steps, objective)
-    x_adv, trace = seeded(7, ascend, model, optimizer, x, y, eps, steps, objective, share=1.0)
+    x_adv, trace = seeded(7, ascend, model, optimizer, x, y, eps, steps, objective, "gaussian", share=1.0)
     assert torch.allclose(x_adv, points[-1], atol=1e-12) and sorted(trace.drawn.tolist()) == list(range(x.numel()))
     ours = our_phi_gradient(optimizer, trace, input_gradient(model, x_adv, objective, target)[0], eps)
     assert expected.norm() > 1e-4 and torch.allclose(ours, expected, rtol=1e-8, atol=1e-12)
@@ -535,7 +536,7 @@ def test_meta_gradient_equals_autograd_through_the_unrolled_losses_and_finite_di
 def test_the_meta_gradient_of_drawn_coordinates_is_unbiased():
     model, x, y = problem(batch=4)
     optimizer, counts = big_steps(), torch.zeros(128)
-    x_adv, trace = seeded(1, ascend, model, optimizer, x, y, 0.2, 3, AdvTrain(), share=1.0)
+    x_adv, trace = seeded(1, ascend, model, optimizer, x, y, 0.2, 3, AdvTrain(), "gaussian", share=1.0)
     g_T, _ = input_gradient(model, x_adv, AdvTrain(), y)
     quarters = [Trace(*(part[k::4] for part in trace[:3]), *([each[k::4] for each in part] for part in trace[3:]))
                 for k in range(4)]
@@ -544,12 +545,12 @@ def test_the_meta_gradient_of_drawn_coordinates_is_unbiased():
     assert (each[0] - each[1]).norm() > 0.1 * each[0].norm()
     order = trace.drawn.argsort()
     for share, K in ((0.25, 32), (0.07, 9)):  # ascend draws K of the 128, and records what it passed there
-        x_again, some = seeded(1, ascend, model, optimizer, x, y, 0.2, 3, AdvTrain(), share=share)
+        x_again, some = seeded(1, ascend, model, optimizer, x, y, 0.2, 3, AdvTrain(), "gaussian", share=share)
         assert torch.equal(x_again, x_adv) and len(set(some.drawn.tolist())) == K
         of_some, of_all = ([*each[1:3], *each.inputs, *each.gradients] for each in (some, trace))
         assert all(torch.equal(ours, theirs[order][some.drawn]) for ours, theirs in zip(of_some, of_all))
     for _ in range(400):
-        counts[ascend(model, optimizer, x, y, 0.2, 1, AdvTrain(), share=0.25)[1].drawn] += 1
+        counts[ascend(model, optimizer, x, y, 0.2, 1, AdvTrain(), "gaussian", share=0.25)[1].drawn] += 1
     assert 60 < counts.min() and counts.max() < 140  # 100 of each are expected, give or take 9
 
 
@@ -741,6 +742,13 @@ def test_every_method_trains_and_is_evaluated(tiny, capsys, method):
     cells = [f"{100 * accuracy[name]:.2f}" if name in accuracy else "-" for name in columns.split()[3:]]
     assert row.split()[3:] == cells
     assert sorted(os.listdir("runs/one")) == ["best.pt", "eval.json", "last.pt", "log.jsonl"]
+
+
+def test_a_method_plays_for_the_objective_of_its_line(monkeypatch):
+    for objective, beta in ((Mart, 1.0), (MoreThanTrades, 2.0)):
+        monkeypatch.setitem(METHODS, "mine", (objective, "pgd"))
+        objective_made = make_objective(Settings(out="none", method="mine", beta=2.0))
+        assert type(objective_made) is objective and objective_made.beta == beta
 
 
 @pytest.mark.parametrize("method, step, expected", [

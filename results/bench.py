@@ -13,16 +13,15 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import DATASETS, Dataset, load_dataset, progress, to_unit
+from baselines import DATASETS, MODELS, Dataset, load_dataset, progress, to_unit
 from l2l_adv import COUNT, METHODS, Parser, Settings, Training, as_program
-from results.runs import MODELS  # and cnn4
 
 
 def bench(args):
     torch.manual_seed(0)
     n = 2 * args.batch_size  # a fifth of them is held out
     if args.dataset:
-        data = Dataset(*(part[:n] for part in load_dataset(args.dataset, args.data_dir)))
+        data = Dataset(*(part[:n] for part in load_dataset(args.dataset)))
     else:
         x, y = torch.randint(0, 256, (n, 3, 32, 32)).byte(), torch.randint(0, 10, (n,))
         data = Dataset(x, y, x, y)
@@ -40,15 +39,16 @@ def bench(args):
     for cost in costs.values():
         cost["ratio"] = cost["ms_per_image"] / costs["advtrain"]["ms_per_image"] if "advtrain" in costs else None
     if args.json:
-        print(json.dumps({"model": args.model, "batch_size": len(x), "cell": args.cell, "device": str(device),
-                          "threads": torch.get_num_threads(), "torch": torch.__version__, "methods": costs}))
+        print(json.dumps({"model": args.model, "dataset": args.dataset, "batch_size": len(x), "T": args.steps,
+                          "cell": args.cell, "device": str(device), "threads": torch.get_num_threads(),
+                          "torch": torch.__version__, "methods": costs}))
         return
     print(f"{args.model}, batch {len(x)}, {args.dataset or 'random images'}, T = {args.steps}, {args.cell}, {device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds")
     print(f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>9}")
     for method, cost in costs.items():
-        peak = f"{cost['peak_mb']:9.0f}" if cost["peak_mb"] else f"{'-':>9}"
-        print(f"{method:14}{cost['ms_per_image']:10.3f}{cost['ratio'] or 0:12.3f}{peak}")
+        ratio, peak = (f"{number:.5g}" if number else "-" for number in (cost["ratio"], cost["peak_mb"]))
+        print(f"{method:14}{cost['ms_per_image']:10.3f}{ratio:>12}{peak:>9}")
 
 
 def measure(jobs, rounds, device):
@@ -76,7 +76,6 @@ def main(argv=None):
     parser.set_defaults(command=bench)
     parser.add_argument("--model", choices=MODELS, default="vgg16")
     parser.add_argument("--dataset", choices=DATASETS, help="whose images; default random ones of 32x32")
-    parser.add_argument("--data-dir", help="where they lie; default as in training")
     parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,NAME")
     parser.add_argument("--batch-size", type=COUNT, default=32, metavar="X")
     parser.add_argument("--steps", type=COUNT, default=10, help="T")

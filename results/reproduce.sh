@@ -2,21 +2,21 @@
 # The evidence of results/mnist.md, or its like for CIFAR-10: trains every run, attacks it. Started again, it goes on.
 #
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist       hours on two cores; or cifar10, on a GPU
-#   MODEL=resnet18 bash results/reproduce.sh cifar10 rnn-trades-s0 trades-s0       another classifier than vgg16; for mnist
-#                                        small, or cnn4, which results/runs.py adds
+#   MODEL=resnet18 bash results/reproduce.sh cifar10 rnn-trades-s0 trades-s0       another classifier than vgg16, or
+#                                        for mnist than small
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
-# Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all of
-# "referee referee-last best last autoattack", the last for seed 0 only); to rehearse TEST_LIMIT.
-# The referee and AutoAttack need a package: python3 -m pip install --no-deps torchattacks scipy
+# Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all
+# of "referee referee-last best last autoattack"; autoattack only at seed 0 of the main methods); to rehearse TEST_LIMIT,
+# with RUNS of its own, like every change of the code: what is there is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-dataset=${1-} model=${MODEL:-vgg16} main=({advtrain,rnn-adv,trades,rnn-trades}-s0) more=() seeds="0 1"
+dataset=${1-} model=${MODEL:-vgg16} batch=128 main=({advtrain,rnn-adv,trades,rnn-trades}-s0) more=() seeds="0 1"
 autoattacked=${TEST_LIMIT:-1000}
 [[ $dataset =~ ^(mnist|cifar10)$ ]] || { echo "reproduce.sh: say mnist or cifar10, see its top" >&2; exit 2; }
 if [[ $dataset == mnist ]]; then
     export OMP_NUM_THREADS=1
-    model=${MODEL:-small} autoattacked=${TEST_LIMIT:-500} seeds="0 1 2 3 4"
+    model=${MODEL:-small} batch=64 autoattacked=${TEST_LIMIT:-500} seeds="0 1 2 3 4"
     main+=(trades-mi-s0) more=({advtrain-bls,rnn-adv-rnn}-s{0,1,2} plain-s0)
 fi
 names=()
@@ -32,13 +32,13 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
         trades*) lender=$RUNS/rnn-trades-s$seed ;;
         plain | advtrain*) lender=$RUNS/rnn-adv-s$seed ;;
     esac
-    [[ $3 == attack ]] || exec python3 results/runs.py train --resume --out "$run" --method "$method" --cell "$cell" \
+    [[ $3 == attack ]] || exec python3 l2l_adv.py train --resume --out "$run" --method "$method" --cell "$cell" \
         --seed "$seed" --dataset "$dataset" --model "$model" ${EPOCHS:+--epochs "$EPOCHS"} ${LIMIT:+--limit "$LIMIT"}
     cp "$run/log.jsonl" "$numbers.log.jsonl"
     for what in ${WHAT:-referee referee-last best last autoattack}; do
         checkpoint=best same=
         case $what in
-            best | last) made=eval.json command=(results/runs.py eval --limit "${TEST_LIMIT:-10000}" --attacks
+            best | last) made=eval.json command=(l2l_adv.py eval --limit "${TEST_LIMIT:-10000}" --attacks
                 "pgd-10,pgd-100,cw-100,learned-10,sharp-10") ;;
             referee*) made=referee.json command=(results/sanity.py --judge referee --limit "${TEST_LIMIT:-1000}") ;;
             autoattack) made=autoattack.json command=(results/sanity.py --judge autoattack --limit "$autoattacked")
@@ -57,6 +57,8 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
     done
     exit
 fi
+python3 -c 'import torchattacks' ||
+    { echo "reproduce.sh: first python3 -m pip install --no-deps torchattacks scipy" >&2; exit 2; }
 (($# == 1)) || names=("${@:2}")
 mkdir -p "$RUNS/numbers"
 for stage in train attack; do
@@ -64,7 +66,8 @@ for stage in train attack; do
         { echo "reproduce.sh: could not $stage every run: see the ends of $RUNS/*.log" >&2; exit 1; }
 done
 if (($# == 1)); then
-    python3 results/bench.py --model "$model" --json >"$RUNS/numbers/bench.json"
+    python3 results/bench.py --model "$model" --dataset "$dataset" --batch-size "$batch" --json \
+        >"$RUNS/numbers/bench.json"
     python3 results/analyse.py "${main[@]/#/$RUNS/}" --limit "$autoattacked" --json "$RUNS/numbers/analyses.json" \
         --figures "$RUNS/numbers" >"$RUNS/analyse.log"
 fi
