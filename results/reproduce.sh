@@ -3,7 +3,7 @@
 #
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist       hours on two cores; or cifar10, on a GPU
 #   MODEL=resnet18 bash results/reproduce.sh cifar10 rnn-trades-s0 trades-s0       another classifier than vgg16, or
-#                                        for mnist than small
+#                                        for mnist than small; on a CPU MODEL=small EPOCHS=15
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
 # Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all
@@ -11,18 +11,18 @@
 # with RUNS of its own, like every change of the code: what is there is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-dataset=${1-} model=${MODEL:-vgg16} batch=128 main=({advtrain,rnn-adv,trades,rnn-trades}-s0) more=() seeds="0 1"
+dataset=${1-} model=${MODEL:-vgg16} batch=128 main=({advtrain,rnn-adv,trades,rnn-trades}-s0) more=() seeds="0 1 2"
 autoattacked=${TEST_LIMIT:-1000}
 [[ $dataset =~ ^(mnist|cifar10)$ ]] || { echo "reproduce.sh: say mnist or cifar10, see its top" >&2; exit 2; }
 if [[ $dataset == mnist ]]; then
-    export OMP_NUM_THREADS=1
     model=${MODEL:-small} batch=64 autoattacked=${TEST_LIMIT:-500} seeds="0 1 2 3 4"
     main+=(trades-mi-s0) more=({advtrain-bls,rnn-adv-rnn}-s{0,1,2} plain-s0)
 fi
 names=()
 for seed in $seeds; do names+=("${main[@]/%0/$seed}"); done
 names+=("${more[@]}")
-export RUNS=${RUNS:-runs/$dataset${MODEL:+-$MODEL}} MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
+export OMP_NUM_THREADS=1 RUNS=${RUNS:-runs/$dataset${MODEL:+-$MODEL}}
+export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
 
 if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: first to train it, then to attack it
     run=$RUNS/$4 numbers=$RUNS/numbers/$4 method=${4%-s*} seed=${4##*-s} cell=lstm lender=$RUNS/$4
