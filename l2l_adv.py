@@ -295,7 +295,7 @@ class Settings:
     model: str = setting(None, "the classifier; default small, for cifar10 vgg16", choices=MODELS)
     data_dir: str = setting(None, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, else data/")
     limit: int = setting(None, "train on so many images; default all but the held-out ones", COUNT)
-    padding: int = setting(None, "cifar10: random crops so far beyond the edge; default 4, small and cnn4 0: flips only",
+    padding: int = setting(None, "cifar10: random crops so far beyond the edge; default 4, small and cnn4 0 (flips)",
                            number(0, 33, whole=True))
     eps: float = setting(None, "radius of the attack, in [0, 1] pixels; default 8/255, mnist 0.3", PIXELS)
     eps_warmup: float = setting(None, "share of the training in which eps grows; default 0, small and cnn4 0.25",

@@ -54,17 +54,18 @@ def bench(args):
 def measure(jobs, rounds, device):
     """Median seconds of each job over the rounds and, on a card, the peak memory of its warm-up: MB above what was in
     use before, else None."""
-    cuda, seconds, peaks = device.type == "cuda", {name: [] for name in jobs}, dict.fromkeys(jobs)
+    cuda = device.type == "cuda"
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    seconds, peaks = {name: [] for name in jobs}, dict.fromkeys(jobs)
     for turn in progress(range(rounds + 1), "bench"):
         for name in sorted(jobs, key=lambda name: (list(jobs).index(name) + turn) % len(jobs)):  # another one begins
-            if cuda:
-                torch.cuda.synchronize()
+            if cuda and turn == 0:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
+            sync()
             start = time.perf_counter()
             jobs[name]()
-            if cuda:
-                torch.cuda.synchronize()
+            sync()
             seconds[name].append(time.perf_counter() - start)
             if cuda and turn == 0:
                 peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20

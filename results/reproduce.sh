@@ -7,8 +7,8 @@
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
 # Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all
-# of "referee referee-last best last autoattack"; autoattack only at seed 0 of the main methods); to rehearse TEST_LIMIT,
-# with RUNS of its own, like every change of the code: what is there is not made again.
+# of "referee referee-last best last autoattack"; autoattack only at seed 0 of the main methods), to rehearse TEST_LIMIT.
+# A rehearsal and every change of the code take RUNS of their own: what is there is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dataset=${1-} model=${MODEL:-vgg16} batch=128 main=({advtrain,rnn-adv,trades,rnn-trades}-s0) more=() seeds="0 1 2"
@@ -57,7 +57,7 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
     done
     exit
 fi
-python3 -c 'import torchattacks' ||
+python3 -c 'import torchattacks' 2>/dev/null ||
     { echo "reproduce.sh: first python3 -m pip install --no-deps torchattacks scipy" >&2; exit 2; }
 (($# == 1)) || names=("${@:2}")
 mkdir -p "$RUNS/numbers"
