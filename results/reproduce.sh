@@ -7,7 +7,7 @@
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
 # Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all
-# of "referee referee-last best last autoattack"; autoattack only at seed 0 of the main methods), to rehearse TEST_LIMIT.
+# of "referee referee-last best last autoattack"; autoattack at seed 0 of the main methods), to rehearse TEST_LIMIT.
 # A rehearsal and every change of the code take RUNS of their own: what is there is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
