@@ -210,14 +210,15 @@ def cw_linf(model, x, y, *, eps, step_size, steps):
 
 # ---- 4. Evaluation --------------------------------------------------------------------------------------------------
 
-def evaluate(model, x, y, attacks, batch_size=256, losses=False, quick=False):
+def evaluate(model, x, y, attacks, batch_size=256, details=False, quick=False):
     """Accuracies in [0, 1]: {"natural": …, each attack's name: …, "worst": …}.
 
     x: (N, C, H, W) in [0, 1]; y: (N,); attacks: {name: callable(model, x, y) → x_adv}. "worst" counts the images that
-    are classified correctly as they are and under every attack: the number to quote. losses: return a second dictionary
-    too, the mean cross-entropy that each attack reached, which ranks them as maximisers. quick: an image that is broken
-    is not attacked again. That is faster, and "worst" means the same, but each accuracy counts the images that survive
-    this attack and all before it, and losses are of the images attacked. Raises InputError, NotFinite.
+    are classified correctly as they are and under every attack: the number to quote. details: return two things more,
+    the mean cross-entropy that each attack reached, which ranks them as maximisers, and which images survive all, (N,).
+    quick: an image that is broken is not attacked again. That is faster, and "worst" means the same, but each accuracy
+    counts the images that survive this attack and all before it, and losses are of the images attacked. Raises
+    InputError, NotFinite.
     """
     check(x, y)
     accuracy, loss, survives = {}, {}, torch.ones_like(y, dtype=torch.bool)
@@ -228,7 +229,7 @@ def evaluate(model, x, y, attacks, batch_size=256, losses=False, quick=False):
         counted = survives if quick else correct
         accuracy[name], loss[name] = counted.double().mean().item(), each_loss.mean().item()
     accuracy["worst"] = survives.double().mean().item()
-    return (accuracy, loss) if losses else accuracy
+    return (accuracy, loss, survives) if details else accuracy
 
 
 def under_attack(model, x, y, attack, batch_size=256, label=""):

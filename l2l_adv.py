@@ -469,7 +469,7 @@ def train(settings, model=None, data=None, resume=False):
         start = time.time()
         try:
             loss = run.epoch()
-            accuracy, losses = evaluate(run.model, *run.held_out, attacks, losses=True)
+            accuracy, losses, _ = evaluate(run.model, *run.held_out, attacks, details=True)
         except NotFinite as error:
             raise NotFinite(f"{settings.method}, epoch {epoch}: {error}; the epoch before is saved, if any") from None
         seconds = round(time.time() - start, 1)
@@ -608,7 +608,7 @@ def eval_command(args):
     print(f"{'run':{width}}{'model':9}{'seed':>4}" + "".join(f"{name:>12}" for name in columns))
     for folder, (model, optimizer, settings) in runs.items():
         torch.manual_seed(args.seed)
-        accuracy, loss = evaluate(model, x, y, attacks[folder], args.batch_size, losses=True, quick=args.quick)
+        accuracy, loss, _ = evaluate(model, x, y, attacks[folder], args.batch_size, details=True, quick=args.quick)
         cells = (f"{100 * accuracy[name]:12.2f}" if name in accuracy else f"{'-':>12}" for name in columns)
         print(f"{folder:{width}}{settings.model:9}{settings.seed:4}{''.join(cells)}", flush=True)
         result = {"run": Path(folder).name, "method": settings.method, "dataset": settings.dataset,

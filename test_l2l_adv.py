@@ -212,9 +212,10 @@ def test_evaluate_counts_by_hand():
           for c, name in enumerate("ab")}  # each inverts other images
     adv = {"natural": x, **{name: attack(model, x, y) for name, attack in by.items()}}
     right = {name: model(x_adv).argmax(1) == y for name, x_adv in adv.items()}
-    accuracy, losses = evaluate(model, x, y, by, batch_size=7, losses=True)
+    accuracy, losses, survives = evaluate(model, x, y, by, batch_size=7, details=True)
     expected = {name: each.sum().item() / 40 for name, each in right.items()}
-    worst = (right["natural"] & right["a"] & right["b"]).sum().item() / 40
+    assert torch.equal(survives, right["natural"] & right["a"] & right["b"])
+    worst = survives.sum().item() / 40
     assert accuracy == {**expected, "worst": worst} and 0 < worst < min(expected.values())
     assert list(accuracy) == ["natural", "a", "b", "worst"] and evaluate(model, x, y, by) == accuracy
     assert losses == pytest.approx({name: F.cross_entropy(model(x), y).item() for name, x in adv.items()}, rel=1e-5)
@@ -982,7 +983,7 @@ def test_eval_runs_the_attacks_it_is_asked_for_and_lends_an_optimizer(tiny, caps
                                lambda m, x, y: pgd(m, x, y, **by_hand, steps=3),
                                lambda m, x, y: learned_attack(m, optimizer, x, y, **learned, gain=10),
                                lambda m, x, y: cw_linf(m, x, y, **by_hand, steps=4))))
-    accuracy, loss = seeded(5, evaluate, model, to_unit(data.x_test[:4]), data.y_test[:4], attacks, losses=True)
+    accuracy, loss, _ = seeded(5, evaluate, model, to_unit(data.x_test[:4]), data.y_test[:4], attacks, details=True)
     own, lent = results[2]
     assert lent["accuracy"] == accuracy and lent["loss"] == pytest.approx(loss, rel=1e-5)
     assert (own["lender"], lent["lender"]) == (None, "rnn-trades") and own["loss"] == results[0][0]["loss"]

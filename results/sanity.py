@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import AdvTrain, InputError, input_gradient, pgd, start_point, under_attack
+from baselines import AdvTrain, InputError, evaluate, input_gradient, pgd, start_point, under_attack
 from l2l_adv import as_program, lent_optimizer, named_attacks, write_whole
 from results.runs import load, parser
 
@@ -90,16 +90,12 @@ def judge(name, run, theirs, lent, checkpoint):
     """Print what is left after each of the judge's attacks. Write it, and which images are broken, to NAME.json in the
     run's folder."""
     attacks = {**theirs, **named_attacks(("learned-10", "sharp-10"), run.settings.eps, run.optimizer or lent)}
-    attacks = {"natural": lambda model, x, y: x, **{each: attacks[each] for each in JUDGES[name] if each in attacks}}
-    accuracy, survives = {}, torch.ones_like(run.y, dtype=torch.bool)  # (N,)
-    for each, attack in attacks.items():
-        left = survives.nonzero()[:, 0]
-        survives[left] = under_attack(run.model, run.x[left], run.y[left], attack, run.batch_size, each)[0]
-        accuracy[each] = survives.double().mean().item()
+    attacks = {each: attacks[each] for each in JUDGES[name] if each in attacks}
+    accuracy, _, survives = evaluate(run.model, run.x, run.y, attacks, run.batch_size, details=True, quick=True)
     print(f"        {name}, what is left after each: "
-          + ", ".join(f"{each} {100 * value:.2f}" for each, value in accuracy.items()), flush=True)
+          + ", ".join(f"{each} {100 * accuracy[each]:.2f}" for each in ("natural", *attacks)), flush=True)
     result = {"images": len(run.x), "checkpoint": checkpoint, "seed": run.seed, "training_seed": run.settings.seed,
-              "accuracy": {**accuracy, "worst": min(accuracy.values())}, "broken": (~survives).nonzero()[:, 0].tolist()}
+              "accuracy": accuracy, "broken": (~survives).nonzero()[:, 0].tolist()}
     write_whole(Path(run.folder, f"{name}.json"), (json.dumps(result) + "\n").encode())
 
 
