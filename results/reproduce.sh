@@ -7,7 +7,8 @@
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
 # Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all
-# of "referee referee-last best last autoattack"; autoattack at seed 0 of the main methods), to rehearse TEST_LIMIT.
+# of "referee referee-last best last autoattack"; autoattack at seed 0 of the main methods), to rehearse TEST_LIMIT,
+# TRAINER (l2l_adv.py; results/keep.py keeps every epoch's weights).
 # A rehearsal and every change of the code take RUNS of their own: what is there is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,8 +33,9 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
         trades*) lender=$RUNS/rnn-trades-s$seed ;;
         plain | advtrain*) lender=$RUNS/rnn-adv-s$seed ;;
     esac
-    [[ $3 == attack ]] || exec python3 l2l_adv.py train --resume --out "$run" --method "$method" --cell "$cell" \
-        --seed "$seed" --dataset "$dataset" --model "$model" ${EPOCHS:+--epochs "$EPOCHS"} ${LIMIT:+--limit "$LIMIT"}
+    [[ $3 == attack ]] || exec python3 "${TRAINER:-l2l_adv.py}" train --resume --out "$run" --method "$method" \
+        --cell "$cell" --seed "$seed" --dataset "$dataset" --model "$model" ${EPOCHS:+--epochs "$EPOCHS"} \
+        ${LIMIT:+--limit "$LIMIT"}
     cp "$run/log.jsonl" "$numbers.log.jsonl"
     for what in ${WHAT:-referee referee-last best last autoattack}; do
         checkpoint=best same=
