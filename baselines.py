@@ -116,9 +116,10 @@ class Trades(AdvTrain):
         return F.kl_div(F.log_softmax(logits, dim=1), target, reduction="none", log_target=True).sum(1)
 
     def outer_loss(self, model, x, x_adv, y):
-        # Unlike in the inner problem, gradients flow into f(x) as well: θ moves both ends of the KL.
-        logits = model(x)
-        robust = self.inner_loss(model(x_adv), F.log_softmax(logits, dim=1)).mean()
+        # Unlike in the inner problem, gradients flow into f(x) as well: θ moves both ends of the KL. One pass for x and
+        # x': batch norm then learns and runs on the same mixture. With two, neither is the classifier that is attacked.
+        logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2)  # (B, classes) each
+        robust = self.inner_loss(logits_adv, F.log_softmax(logits, dim=1)).mean()
         return F.cross_entropy(logits, y) + self.beta * robust
 
 
