@@ -253,7 +253,7 @@ METHODS = {  # an objective, and who maximises its inner loss; the paper's grid,
     "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
 DEFAULTS = {  # of the settings that are left at None: by data set, then by model
     "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3},
-    "mnist": {"model": "small", "eps": 0.3, "epochs": 3, "lr": 0.05},
+    "mnist": {"model": "cnn4", "eps": 0.3, "epochs": 3, "lr": 0.05},
     "cifar10": {"model": "vgg16", "eps": 8 / 255, "epochs": 30},
     "small": {"batch_size": 64, "lr": 0.2, "eps_warmup": 0.25, "padding": 0},
     "cnn4": {"batch_size": 64, "lr": 0.05, "eps_warmup": 0.25, "padding": 0},
@@ -292,7 +292,7 @@ class Settings:
     out: str = setting(None, "folder of the run, made by it: last.pt, best.pt, log.jsonl; later eval.json")
     method: str = setting("rnn-adv", "who plays against whom", choices=METHODS)
     dataset: str = setting("synthetic", "what is classified", choices=DATASETS)
-    model: str = setting(None, "the classifier; default small, for cifar10 vgg16", choices=MODELS)
+    model: str = setting(None, "the classifier; default small, mnist cnn4, cifar10 vgg16", choices=MODELS)
     data_dir: str = setting(None, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, else data/")
     limit: int = setting(None, "train on so many images; default all but the held-out ones", COUNT)
     padding: int = setting(None, "cifar10: random crops so far beyond the edge; default 4, small and cnn4 0 (flips)",

@@ -3,7 +3,7 @@
 #
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist       hours on two cores; or cifar10, on a GPU
 #   MODEL=resnet18 bash results/reproduce.sh cifar10 rnn-trades-s0 trades-s0       another classifier than vgg16, or
-#                                        for mnist than small; on a CPU MODEL=small EPOCHS=15
+#                                        for mnist than cnn4; on a CPU MODEL=small EPOCHS=15
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
 # Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all
@@ -16,7 +16,7 @@ dataset=${1-} model=${MODEL:-vgg16} batch=128 main=({advtrain,rnn-adv,trades,rnn
 autoattacked=${TEST_LIMIT:-1000}
 [[ $dataset =~ ^(mnist|cifar10)$ ]] || { echo "reproduce.sh: say mnist or cifar10, see its top" >&2; exit 2; }
 if [[ $dataset == mnist ]]; then
-    model=${MODEL:-small} batch=64 autoattacked=${TEST_LIMIT:-500} seeds="0 1 2 3 4"
+    model=${MODEL:-cnn4} batch=64 autoattacked=${TEST_LIMIT:-500} seeds="0 1 2 3 4"
     main+=(trades-mi-s0) more=({advtrain-bls,rnn-adv-rnn}-s{0,1,2} plain-s0)
 fi
 names=()
