@@ -88,12 +88,10 @@ class LearnedOptimizer(nn.Module):
 
 
 def scaled(g):
-    """u_t, what m_φ sees of g_t (B, C, H, W): each image's gradient over its mean |g|, through asinh(100·)/asinh(100),
-    which is linear below a hundredth and logarithmic above; as one vector (N,), N = B·C·H·W. The paper leaves scaling
-    open. Gradients shrink by orders of magnitude as the classifier grows sure, and within an image they differ by as
-    many: where u is linear, most pixels hardly move, and the classifier learns to fool such an attack."""
+    """u_t, what m_φ sees of g_t (B, C, H, W): each image's gradient over its mean |g|, as one vector (N,), N = B·C·H·W.
+    The paper leaves scaling open. Gradients shrink by orders of magnitude as the classifier grows sure of an image."""
     mean = g.abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)  # (B, 1, 1, 1)
-    return torch.asinh(100 * (g / mean)).flatten() / math.asinh(100)
+    return (g / mean).flatten()
 
 
 # ---- 2. The learned inner maximiser, and the gradient of φ for free -------------------------------------------------

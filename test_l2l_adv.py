@@ -483,8 +483,7 @@ def unrolled(model, optimizer, x, y, eps, steps, objective):
     for _ in range(steps):
         at = x_adv.detach().requires_grad_()
         gradients += torch.autograd.grad(objective.inner_loss(model(at), target).sum(), at)
-        z = 100 * x[0].numel() * F.normalize(gradients[-1].flatten(1), p=1)  # 100 g / mean |g|
-        inputs.append((z.sign() * (z.abs() + (z ** 2 + 1).sqrt()).log() / np.arcsinh(100)).flatten())
+        inputs.append((gradients[-1] / gradients[-1].abs().mean((1, 2, 3), keepdim=True)).flatten())
         delta, state = optimizer(inputs[-1], state)
         x_adv = torch.min(torch.max(x_adv + eps * delta.view(x.shape), x - eps), x + eps).clamp(0, 1)
         points.append(x_adv)
