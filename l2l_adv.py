@@ -302,7 +302,7 @@ class Settings:
     step_size: float = setting(None, "PGD's step; default eps/4, with line search its longest step, eps", PIXELS)
     beta: float = setting(6.0, "weight of TRADES' robust term", POSITIVE)
     cell: str = setting("lstm", "the learned optimizer's recurrent cell", choices=("lstm", "rnn"))
-    phi_lr: float = setting(0.01, "learning rate of the learned optimizer (Adam)", POSITIVE)
+    phi_lr: float = setting(0.01, "peak learning rate of the learned optimizer (Adam, one-cycle)", POSITIVE)
     epochs: int = setting(None, "passes over the training images; default 3, cifar10 30", COUNT)
     batch_size: int = setting(None, "images per step; default 64 for small and cnn4, else 128", COUNT)
     lr: float = setting(None, "peak learning rate of the classifier (SGD, one-cycle); by model and data", POSITIVE)
@@ -404,8 +404,9 @@ class Training:
             batch = order[step * self.batch_size:(step + 1) * self.batch_size][rank::world]
             x = augment(self.x[batch], settings.padding) if settings.dataset == "cifar10" else self.x[batch]
             done = (epoch + (step + 0.5) / steps) / settings.epochs  # of the whole training, in (0, 1)
-            for group in self.opt_theta.param_groups:  # one-cycle: to the peak within a third, and down to 0
-                group["lr"] = settings.lr * min(3 * done, 1.5 * (1 - done))
+            for opt, peak in (self.opt_theta, settings.lr), (self.opt_phi, settings.phi_lr):
+                for group in opt.param_groups if opt else ():  # one-cycle: to the peak within a third, and down to 0
+                    group["lr"] = peak * min(3 * done, 1.5 * (1 - done))
             ramp = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
             total = total + self.step(to_unit(x), self.y[batch], ramp)
         return (total / steps).item()

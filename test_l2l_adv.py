@@ -778,12 +778,15 @@ def test_a_method_takes_the_step_of_its_name(monkeypatch, method, step, expected
 def test_an_epoch_takes_every_image_once_at_the_schedule_s_rate_and_eps(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Training, "step", lambda self, x, y, ramp: torch.tensor(float(seen.append(
-        (self.opt_theta.param_groups[0]["lr"], ramp, y.tolist(), self.model.training)) or 1)))
+        ([opt.param_groups[0]["lr"] for opt in (self.opt_theta, self.opt_phi)], ramp, y.tolist(), self.model.training))
+        or 1)))
     data = Dataset(torch.zeros(30, 1, 4, 4).byte(), torch.arange(30), None, None)
-    train(Settings(out=tmp_path / "run", epochs=2, batch_size=8, lr=0.3, eps_warmup=0.5), SmallCNN(1, 30), data)
+    train(Settings(out=tmp_path / "run", epochs=2, batch_size=8, lr=0.3, phi_lr=0.03, eps_warmup=0.5), SmallCNN(1, 30),
+          data)
     done = [(2 * k + 1) / 12 for k in range(6)]  # 2 epochs of 3 steps
     rates, ramps, labels, modes = zip(*seen)
-    assert rates == pytest.approx([0.3 * np.interp(d, [0, 1 / 3, 1], [0, 1, 0]) for d in done])
+    cycle = np.interp(done, [0, 1 / 3, 1], [0, 1, 0])
+    assert np.array(rates).T == pytest.approx(np.array([0.3 * cycle, 0.03 * cycle]))
     assert ramps == pytest.approx([1 / 6, 3 / 6, 5 / 6, 1, 1, 1]) and all(modes)
     first, second = sum(labels[:3], []), sum(labels[3:], [])
     assert sorted(first) == sorted(second) == sorted(hold_out(data)[0][1].tolist()) and first != second
