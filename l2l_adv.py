@@ -198,8 +198,8 @@ def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps
     (B,); eps in [0, 1] pixel scale; start: see start_point; share: of the coordinates, those that φ learns from.
     Returns the outer loss, a scalar tensor. Raises InputError, NotFinite.
 
-    The paper starts near x, as start="gaussian" does. A classifier can learn to fool every attack that starts there
-    (results/mnist.md), so both steps start anywhere in the ball.
+    The paper starts near x, as start="gaussian" does. On MNIST that makes a less robust classifier (results/mnist.md),
+    so both steps start anywhere in the ball.
     """
     check(x, y, eps, steps)
     x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, start, share=share)

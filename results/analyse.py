@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import AdvTrain, InputError, Trades, evaluate, input_gradient, pgd
-from l2l_adv import SHARP, as_program, learned_attack, lent_optimizer, write_whole
+from l2l_adv import SHARP, as_program, learned_attack, write_whole
 from results.runs import load, parser
 
 ANALYSES = "step", "longer", "transfer"
@@ -166,8 +166,6 @@ def analyse(args):
     if not {*args.only} <= {*ANALYSES}:
         raise InputError(f"--only takes some of {','.join(ANALYSES)}, not {','.join(args.only)}")
     runs, about = load(args)
-    lent = lent_optimizer(args, runs[0].x.device)
-    runs = [run._replace(optimizer=run.optimizer or lent) for run in runs]
     result = {name: {} for name in args.only}
     for run in runs:
         climbs = {name: climb(run, attack, 100 if name.startswith(("pgd", "learned")) else T)  # 100 take the time
@@ -186,7 +184,6 @@ def analyse(args):
 def main(argv=None):
     command = parser("analyse.py", __doc__.splitlines()[0], analyse)
     command.add_argument("--only", default=ANALYSES, type=lambda text: text.split(","), metavar="NAME,NAME")
-    command.add_argument("--lend", metavar="RUN", help="its learned optimizer climbs on the runs that have none")
     command.add_argument("--json", metavar="FILE", help="write all the numbers to this file")
     command.add_argument("--figures", metavar="DIR", help="draw figures into this folder; needs matplotlib")
     return as_program(command.parse_args(argv))

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import AdvTrain, InputError, evaluate, input_gradient, pgd, start_point, under_attack
-from l2l_adv import as_program, lent_optimizer, named_attacks, write_whole
+from l2l_adv import as_program, named_attacks, write_whole
 from results.runs import load, parser
 
 JUDGES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"),  # what an image has to survive
@@ -72,24 +72,23 @@ def autoattack(eps, seed):
 
 def sanity(args):
     runs, _ = load(args)
-    lent = lent_optimizer(args, runs[0].x.device)
     theirs = autoattack(runs[0].settings.eps, args.seed) if args.judge else {}  # all runs have one eps
     for run in runs:
         print(run.folder)
         torch.manual_seed(args.seed)
         if args.judge:
             for name in args.judge:
-                judge(name, run, theirs, lent, args.checkpoint)
+                judge(name, run, theirs, args.checkpoint)
         else:
             for question, passed, masks in checks(run, [other for other in runs if other is not run]):
                 numbers = ", ".join(f"{name} {100 * mask.double().mean():.2f}" for name, mask in masks.items())
                 print(f"  {'pass' if passed else 'FAIL'}  {question}: {numbers}", flush=True)
 
 
-def judge(name, run, theirs, lent, checkpoint):
+def judge(name, run, theirs, checkpoint):
     """Print what is left after each of the judge's attacks. Write it, and which images are broken, to NAME.json in the
     run's folder."""
-    attacks = {**theirs, **named_attacks(("learned-10", "sharp-10"), run.settings.eps, run.optimizer or lent)}
+    attacks = {**theirs, **named_attacks(("learned-10", "sharp-10"), run.settings.eps, run.optimizer)}
     attacks = {each: attacks[each] for each in JUDGES[name] if each in attacks}
     accuracy, _, survives = evaluate(run.model, run.x, run.y, attacks, run.batch_size, details=True, quick=True)
     print(f"        {name}, what is left after each: "
@@ -102,7 +101,6 @@ def judge(name, run, theirs, lent, checkpoint):
 def main(argv=None):
     command = parser("sanity.py", __doc__.splitlines()[0], sanity)
     command.add_argument("--judge", choices=JUDGES, nargs="+", default=(), help="only these; each writes NAME.json")
-    command.add_argument("--lend", metavar="RUN", help="with --judge: attack runs without an optimizer by its one")
     return as_program(command.parse_args(argv))
 
 
