@@ -245,10 +245,9 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
 
 # ---- 4. The training loop -------------------------------------------------------------------------------------------
 
-METHODS = {  # an objective, and who maximises its inner loss; the paper's grid, and trades-mi
+METHODS = {  # an objective, and who maximises its inner loss: the paper's grid
     "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-bls": (AdvTrain, "line search"),
-    "trades": (Trades, "pgd"), "trades-mi": (Trades, "momentum"),
-    "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
+    "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
 DEFAULTS = {  # of the settings that are left at None: by data set, then by model
     "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3},
     "mnist": {"model": "cnn4", "eps": 0.3, "epochs": 3, "lr": 0.05},
@@ -390,7 +389,7 @@ class Training:
         if self.maximiser == "learned":
             return train_step_learned(model, self.optimizer, self.opt_theta, self.opt_phi, x, y, **budget)
         return train_step_pgd(model, self.opt_theta, x, y, step_size=ramp * settings.step_size, **budget,
-                              line_search=self.maximiser == "line search", momentum=self.maximiser == "momentum")
+                              line_search=self.maximiser == "line search")
 
     def epoch(self):
         """One pass over the training images in whole batches. Returns the mean outer loss."""

@@ -762,10 +762,9 @@ def test_a_method_plays_for_the_objective_of_its_line(monkeypatch):
 
 @pytest.mark.parametrize("method, step, expected", [
     ("rnn-adv", "train_step_learned", {"objective": 1.0}), ("rnn-trades", "train_step_learned", {"objective": 2.0}),
-    ("advtrain", "train_step_pgd", {"objective": 1.0, "step_size": 0.0125, "line_search": False, "momentum": False}),
-    ("advtrain-bls", "train_step_pgd", {"objective": 1.0, "step_size": 0.05, "line_search": True, "momentum": False}),
-    ("trades", "train_step_pgd", {"objective": 2.0, "step_size": 0.0125, "line_search": False, "momentum": False}),
-    ("trades-mi", "train_step_pgd", {"objective": 2.0, "step_size": 0.0125, "line_search": False, "momentum": True})])
+    ("advtrain", "train_step_pgd", {"objective": 1.0, "step_size": 0.0125, "line_search": False}),
+    ("advtrain-bls", "train_step_pgd", {"objective": 1.0, "step_size": 0.05, "line_search": True}),
+    ("trades", "train_step_pgd", {"objective": 2.0, "step_size": 0.0125, "line_search": False})])
 def test_a_method_takes_the_step_of_its_name(monkeypatch, method, step, expected):
     x, y, seen = torch.zeros(10, 1, 4, 4), torch.arange(10), []
     settings = Settings(out="none", method=method, eps=0.1, steps=3, beta=2.0)

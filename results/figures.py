@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from table import read
 
-STYLES = {"advtrain": "C0--o", "rnn-adv": "C0-o", "trades": "C1:s", "trades-mi": "C1--s", "rnn-trades": "C1-s"}
+STYLES = {"advtrain": "C0--o", "rnn-adv": "C0-o", "trades": "C1--s", "rnn-trades": "C1-s"}
 BATCH = 64
 
 

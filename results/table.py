@@ -10,9 +10,8 @@ from statistics import mean, stdev
 
 COLUMNS = ("natural", "pgd-10", "pgd-100", "cw-100", "apgd-ce", "apgd-t3", "apgd-t", "fab-t",
            "square", "learned-10", "sharp-10", "worst")
-ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "trades-mi", "rnn-trades"
-LEADS = (("rnn-adv", "advtrain"), ("rnn-adv-rnn", "advtrain"), ("advtrain-bls", "advtrain"), ("rnn-trades", "trades"),
-         ("rnn-trades", "trades-mi"), ("trades-mi", "trades"))
+ORDER = "plain", "advtrain", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "rnn-trades"
+LEADS = (("rnn-adv", "advtrain"), ("rnn-adv-rnn", "advtrain"), ("advtrain-bls", "advtrain"), ("rnn-trades", "trades"))
 
 
 def read(folder, what):
