@@ -8,7 +8,7 @@
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
 # Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all
 # of "referee referee-last best last autoattack"; autoattack at seed 0 of the main methods), to rehearse TEST_LIMIT,
-# TRAINER (l2l_adv.py; results/keep.py keeps every epoch's weights).
+# TRAINER (l2l_adv.py; results/keep.py keeps every epoch's weights), STEP_SIZE of PGD in training on MNIST (0.3/3).
 # A rehearsal and every change of the code take RUNS of their own: what is there is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -34,7 +34,7 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
         plain | advtrain*) lender=$RUNS/rnn-adv-s$seed ;;
     esac
     # PGD's step on MNIST is the best of those tried, see results/mnist.md
-    [[ ! $dataset-$method =~ ^mnist-(advtrain|trades)$ ]] || step_size=0.3/3
+    [[ ! $dataset-$method =~ ^mnist-(advtrain|trades)$ ]] || step_size=${STEP_SIZE:-0.3/3}
     [[ $3 == attack ]] || exec python3 "${TRAINER:-l2l_adv.py}" train --resume --out "$run" --method "$method" \
         --cell "$cell" --seed "$seed" --dataset "$dataset" --model "$model" ${EPOCHS:+--epochs "$EPOCHS"} \
         ${LIMIT:+--limit "$LIMIT"} ${step_size:+--step-size "$step_size"}
