@@ -8,7 +8,7 @@
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
 # Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all
 # of "referee referee-last best last autoattack"; autoattack at seed 0 of the main methods), to rehearse TEST_LIMIT,
-# TRAINER (l2l_adv.py; results/keep.py keeps every epoch's weights), STEP_SIZE of PGD in training on MNIST (0.3/3).
+# TRAINER (l2l_adv.py; results/keep.py keeps every epoch's weights).
 # A rehearsal and every change of the code take RUNS of their own: what is there is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +17,7 @@ autoattacked=${TEST_LIMIT:-1000}
 [[ $dataset =~ ^(mnist|cifar10)$ ]] || { echo "reproduce.sh: say mnist or cifar10, see its top" >&2; exit 2; }
 if [[ $dataset == mnist ]]; then
     model=${MODEL:-cnn4} batch=64 autoattacked=${TEST_LIMIT:-500} seeds="0 1 2 3 4"
-    more=({advtrain-bls,rnn-adv-rnn}-s{0,1,2} plain-s0)
+    more=({advtrain-bls,rnn-adv-rnn}-s{0,1,2} advtrain-quarter-s{0..4} plain-s0)
 fi
 names=()
 for seed in $seeds; do names+=("${main[@]/%0/$seed}"); done
@@ -33,8 +33,9 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
         trades) lender=$RUNS/rnn-trades-s$seed ;;
         plain | advtrain*) lender=$RUNS/rnn-adv-s$seed ;;
     esac
-    # PGD's step on MNIST is the best of those tried, see results/mnist.md
-    [[ ! $dataset-$method =~ ^mnist-(advtrain|trades)$ ]] || step_size=${STEP_SIZE:-0.3/3}
+    # PGD trains with steps of eps/4, but on MNIST with the best of those tried; advtrain-quarter with eps/4 there too
+    [[ ! $dataset-$method =~ ^mnist-(advtrain|trades)$ ]] || step_size=0.3/3
+    method=${method%-quarter}
     [[ $3 == attack ]] || exec python3 "${TRAINER:-l2l_adv.py}" train --resume --out "$run" --method "$method" \
         --cell "$cell" --seed "$seed" --dataset "$dataset" --model "$model" ${EPOCHS:+--epochs "$EPOCHS"} \
         ${LIMIT:+--limit "$LIMIT"} ${step_size:+--step-size "$step_size"}
