@@ -403,9 +403,10 @@ class Training:
             batch = order[step * self.batch_size:(step + 1) * self.batch_size][rank::world]
             x = augment(self.x[batch], settings.padding) if settings.dataset == "cifar10" else self.x[batch]
             done = (epoch + (step + 0.5) / steps) / settings.epochs  # of the whole training, in (0, 1)
-            for opt, peak in (self.opt_theta, settings.lr), (self.opt_phi, settings.phi_lr):
-                for group in opt.param_groups if opt else ():  # one-cycle: to the peak within a third, and down to 0
-                    group["lr"] = peak * min(3 * done, 1.5 * (1 - done))
+            one_cycle = min(3 * done, 1.5 * (1 - done))  # of the peak rates: up within a third, and down to 0
+            self.opt_theta.param_groups[0]["lr"] = settings.lr * one_cycle
+            if self.opt_phi:
+                self.opt_phi.param_groups[0]["lr"] = settings.phi_lr * one_cycle
             ramp = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
             total = total + self.step(to_unit(x), self.y[batch], ramp)
         return (total / steps).item()
@@ -570,13 +571,18 @@ def named_attacks(names, eps, optimizer):
 
 
 def load_runs(args, eps=None):
-    """What add_run_arguments asks for → {folder: what load_run returns}, test images x (N, C, H, W) and y (N,), eps (of
-    the runs, unless it is given), a heading. Raises InputError."""
+    """What add_run_arguments asks for → {folder: what load_run returns, or the learned optimizer that is lent}, test
+    images x (N, C, H, W) and y (N,), eps (of the runs, unless it is given), a heading. Raises InputError."""
     device = pick_device(args.device)
     for folder in args.runs:
         if not Path(folder).is_dir():
             raise InputError(f"{folder} is not a run's folder")
     runs = {folder: load_run(folder, args.checkpoint, device) for folder in args.runs}
+    if args.lend:
+        lent = load_run(args.lend, args.checkpoint, device)[1]
+        if not lent:
+            raise InputError(f"{args.lend} has no learned optimizer to lend: take an rnn- run")
+        runs = {folder: (model, optimizer or lent, each) for folder, (model, optimizer, each) in runs.items()}
     settings = runs[args.runs[0]][2]
     if len({(each.dataset, eps or each.eps) for _, _, each in runs.values()}) > 1:
         raise InputError("these runs differ in data set or eps: make separate tables of them")
@@ -586,19 +592,10 @@ def load_runs(args, eps=None):
                              f"{args.checkpoint} checkpoint, attack seed {args.seed}")
 
 
-def lent_optimizer(args, device):
-    """The learned optimizer of the run args.lend, None if none is named. Raises InputError if that run has none."""
-    lent = load_run(args.lend, args.checkpoint, device)[1] if args.lend else None
-    if args.lend and not lent:
-        raise InputError(f"{args.lend} has no learned optimizer to lend: take an rnn- run")
-    return lent
-
-
 def eval_command(args):
     """A table on stdout, a row per run; the same numbers, and the mean cross-entropies, in each run's eval.json."""
     runs, x, y, eps, heading = load_runs(args, args.eps)
-    lent = lent_optimizer(args, x.device)
-    attacks = {folder: named_attacks(args.attacks.split(","), eps, optimizer or lent)
+    attacks = {folder: named_attacks(args.attacks.split(","), eps, optimizer)
                for folder, (_, optimizer, _) in runs.items()}
     columns = ["natural", *args.attacks.split(","), "worst"]
     width = max(map(len, runs)) + 2
@@ -612,8 +609,8 @@ def eval_command(args):
         result = {"run": Path(folder).name, "method": settings.method, "dataset": settings.dataset,
                   "model": settings.model, "eps": eps, "images": len(x), "checkpoint": args.checkpoint,
                   "training_seed": settings.seed, "seed": args.seed, "batch_size": args.batch_size,
-                  "lender": None if optimizer else args.lend, "quick": args.quick, "accuracy": accuracy,
-                  "loss": None if args.quick else loss}
+                  "lender": None if METHODS[settings.method][1] == "learned" else args.lend, "quick": args.quick,
+                  "accuracy": accuracy, "loss": None if args.quick else loss}
         write_whole(Path(folder) / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
@@ -669,6 +666,7 @@ def add_run_arguments(command, limit=None):
     command.add_argument("--data-dir", help="where the data lies; default as in training")
     command.add_argument("--device", default="auto")
     command.add_argument("--seed", type=SEED, default=0, help="of the attacks")
+    command.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
 
 
 def main(argv=None):
@@ -689,7 +687,6 @@ def main(argv=None):
     command.add_argument("--attacks", default="pgd-10,pgd-100,cw-100,learned-10", metavar="NAME,NAME",
                          help="pgd-N, cw-N, learned-N, sharp-N (learned-N with longer steps); default %(default)s")
     command.add_argument("--quick", action="store_true", help="attack no image again that one attack broke")
-    command.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
     return as_program(parser.parse_args(argv))
 
 

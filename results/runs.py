@@ -1,7 +1,7 @@
 """What analyse.py and sanity.py share: the runs and test images of a call, and its command line."""
 from collections import namedtuple
 
-from l2l_adv import Parser, add_run_arguments, lent_optimizer, load_runs, make_objective
+from l2l_adv import Parser, add_run_arguments, load_runs, make_objective
 
 # A classifier, its learned optimizer (else the one lent, or None), what it was trained with; the call's test images x
 # (N, C, H, W), y (N,)
@@ -11,9 +11,8 @@ Run = namedtuple("Run", "folder model optimizer settings objective x y seed batc
 def load(args):
     """→ [Run], and a heading, which it prints. Raises InputError."""
     runs, x, y, _, heading = load_runs(args)
-    lent = lent_optimizer(args, x.device)
     print(heading)
-    return [Run(folder, model, optimizer or lent, settings, make_objective(settings), x, y, args.seed, args.batch_size)
+    return [Run(folder, model, optimizer, settings, make_objective(settings), x, y, args.seed, args.batch_size)
             for folder, (model, optimizer, settings) in runs.items()], heading
 
 
@@ -21,5 +20,4 @@ def parser(name, description, command):
     result = Parser(prog=name, description=description)
     result.set_defaults(command=command)
     add_run_arguments(result, limit=256)
-    result.add_argument("--lend", metavar="RUN", help="its learned optimizer attacks the runs that have none")
     return result
