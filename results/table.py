@@ -1,6 +1,6 @@
 """Tables, in Markdown, from raw numbers METHOD-sSEED.WHAT.json: mean ± standard deviation over the training seeds.
 
-    python3 results/table.py results/mnist
+    python3 results/table.py results/mnist/16000x3
 """
 import json
 import math
