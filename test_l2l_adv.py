@@ -772,6 +772,12 @@ def test_a_method_takes_the_step_of_its_name(monkeypatch, method, step, expected
     assert [{**seen[0], "objective": seen[0]["objective"].beta}] == [{**expected, "eps": 0.05, "steps": 3}]
 
 
+def test_pgd_s_step_in_training_is_a_share_of_eps():
+    runs = [Settings("none", method, dataset, eps=0.24) for dataset in ("cifar10", "mnist")
+            for method in ("advtrain", "trades", "advtrain-bls")]
+    assert [run.step_size for run in runs] == pytest.approx([0.06, 0.06, 0.24, 0.08, 0.08, 0.24])
+
+
 def test_an_epoch_takes_every_image_once_at_the_schedule_s_rate_and_eps(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Training, "step", lambda self, x, y, ramp: torch.tensor(float(seen.append(

@@ -33,9 +33,7 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
         trades) lender=$RUNS/rnn-trades-s$seed ;;
         plain | advtrain*) lender=$RUNS/rnn-adv-s$seed ;;
     esac
-    # PGD trains with steps of eps/4, but on MNIST with the best of those tried; advtrain-quarter with eps/4 there too
-    [[ ! $dataset-$method =~ ^mnist-(advtrain|trades)$ ]] || step_size=0.3/3
-    method=${method%-quarter}
+    [[ $method != *-quarter ]] || method=advtrain step_size=0.3/4  # not MNIST's default, eps/3
     [[ $3 == attack ]] || exec python3 "${TRAINER:-l2l_adv.py}" train --resume --out "$run" --method "$method" \
         --cell "$cell" --seed "$seed" --dataset "$dataset" --model "$model" ${EPOCHS:+--epochs "$EPOCHS"} \
         ${LIMIT:+--limit "$LIMIT"} ${step_size:+--step-size "$step_size"}
