@@ -13,15 +13,13 @@ radius is eps=8/255.
 [5] Dong et al., Boosting Adversarial Attacks with Momentum, CVPR 2018, arXiv 1710.06081
 """
 import gzip
-import hashlib
 import math
 import os
 import pickletools
+import shutil
 import sys
-import tarfile
 import tempfile
 import time
-import urllib.request
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -184,16 +182,14 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
             if momentum:
                 norm = g.abs().sum((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)  # (B, 1, 1, 1)
                 g = gathered = gathered + g / norm
-            if line_search:
-                x_adv = backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size)
-            else:
-                x_adv = project(x_adv + step_size * sign(g), x, eps)
+            step = backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size) if line_search else step_size
+            x_adv = project(x_adv + step * sign(g), x, eps)
     return x_adv
 
 
 def backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size, trials=4, slope=0.1):
-    """One step of sign ascent. Its length is halved, image by image, until Armijo's condition holds: the loss gains at
-    least `slope` of what its linear model ⟨g, Δ⟩ promises. The last trial is taken as it is.
+    """The length of a step along sign(g), (B, 1, 1, 1): step_size is halved, image by image, until Armijo's condition
+    holds: the loss gains at least `slope` of what its linear model ⟨g, Δ⟩ promises. The last trial is not checked.
     (trials and slope are our choice: steps of eps, eps/2, eps/4 and eps/8 where step_size = eps.)"""
     step, direction = torch.full_like(loss, step_size)[:, None, None, None], sign(g)  # (B, 1, 1, 1), (B, C, H, W)
     for _ in range(trials - 1):
@@ -201,7 +197,7 @@ def backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size, trial
         promised = (g * (x_new - x_adv)).sum((1, 2, 3))  # (B,)
         enough = objective.inner_loss(model(x_new), target) >= loss + slope * promised
         step = torch.where(enough[:, None, None, None], step, step / 2)
-    return project(x_adv + step * direction, x, eps)
+    return step
 
 
 def cw_linf(model, x, y, *, eps, step_size, steps):
@@ -398,7 +394,9 @@ class Dataset(NamedTuple):
 
 
 DATASETS = "synthetic", "mnist", "cifar10"
-CIFAR10_URL, CIFAR10_MD5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+HOMES = ".", "mnist", "MNIST/raw", "cifar-10-batches-bin", "cifar-10-batches-py"  # below the folder that is named
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
@@ -412,19 +410,16 @@ def load_dataset(name, data_dir=None):
     named = data_dir or os.environ.get(f"{name.upper()}_DIR")
     root = Path(named or "data")
     if name == "mnist":
-        first, endings, homes, read = "train-images-idx3-ubyte", ("", ".gz"), (".", "mnist", "MNIST/raw"), read_mnist
+        first, endings, read = "train-images-idx3-ubyte", ("", ".gz"), read_mnist
     else:
         first, endings, read = "data_batch_1", (".bin", ""), read_cifar10
-        homes = ".", "cifar-10-batches-bin", "cifar-10-batches-py"
-    for folder in (root / home for home in homes):
+    for folder in (root / home for home in HOMES):
         for ending in endings:
             if (folder / f"{first}{ending}").exists():
                 return read(folder, ending)
-    if name == "mnist":
-        raise InputError(f"no mnist in {root}: put train-images-idx3-ubyte.gz and its three companions into "
-                         f"{root / 'mnist'}, or name their folder by --data-dir or MNIST_DIR")
-    if named:
-        raise InputError(f"no cifar10 in {root}: it should hold data_batch_1.bin or data_batch_1 and their companions")
+    if named or name == "mnist":
+        raise InputError(f"no {name} in {root}: put {first}{endings[0]} and its companions there, or name "
+                         f"their folder by --data-dir or {name.upper()}_DIR")
     return read_cifar10(download_cifar10(root / "cifar-10-batches-bin"), ".bin")
 
 
@@ -432,21 +427,12 @@ def download_cifar10(folder):
     """Fetch the binary version from its authors into `folder`, which appears only when it is whole. Returns it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.part", dir=folder.parent) as part:
-            archive, unpacked = Path(part, "cifar-10-binary.tar.gz"), Path(part, "unpacked")
-            with urllib.request.urlopen(CIFAR10_URL, timeout=60) as source, open(archive, "wb") as file:
-                megabytes = int(source.headers["Content-Length"]) // 2 ** 20 + 1
-                for _ in progress(range(megabytes), "downloading CIFAR-10, MB"):
-                    file.write(source.read(2 ** 20))
-            if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
-                raise OSError("its MD5 sum is wrong")
-            unpacked.mkdir()
-            with tarfile.open(archive) as tar:
-                for name in CIFAR10_FILES:
-                    member = tar.extractfile(f"cifar-10-batches-bin/{name}.bin")
-                    (unpacked / f"{name}.bin").write_bytes(member.read())
+        with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+            archive = Path(part, "cifar-10-binary.tar.gz")
+            torch.hub.download_url_to_file(CIFAR10_URL, archive, CIFAR10_SHA256, progress=sys.stderr.isatty())
+            shutil.unpack_archive(archive, part)
             if not folder.exists():  # another process may have been faster
-                unpacked.rename(folder)
+                Path(part, folder.name).rename(folder)
         return folder
     except Exception as error:  # no network, a broken connection, a full disk
         raise InputError(f"CIFAR-10 could not be downloaded ({one_line(error)}): unpack cifar-10-binary.tar.gz into "
@@ -554,10 +540,8 @@ def augment(x, padding=4):
     """Random crop after padding with black by so many pixels, and random flip; the whole batch at once, on its device.
     (B, C, H, W)"""
     B, _, H, W = x.shape
-    shift = torch.randint(0, 2 * padding + 1, (2, B, 1), device=x.device)
-    rows = torch.arange(H, device=x.device) + shift[0]  # (B, H)
-    cols = torch.arange(W, device=x.device) + shift[1]  # (B, W)
-    cols = torch.where(torch.rand(B, 1, device=x.device) < 0.5, cols, cols.flip(1))
-    padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)  # (B, H+2p, W+2p, C)
-    image = torch.arange(B, device=x.device)[:, None, None]
-    return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # (B, C, H, W), channels last
+    shift = torch.randint(0, 2 * padding + 1, (2, B), device=x.device)
+    crops = F.pad(x, [padding] * 4).unfold(2, H, 1).unfold(3, W, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
+    crop = crops[torch.arange(B, device=x.device), :, shift[0], shift[1]]  # (B, C, H, W)
+    keep = torch.rand(B, 1, 1, 1, device=x.device) < 0.5
+    return torch.where(keep, crop, crop.flip(3)).contiguous(memory_format=torch.channels_last)

@@ -195,11 +195,9 @@ def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps
     """The learned optimizer finds x'; from the same attack φ ascends and θ descends: RNN-Adv or RNN-TRADES.
 
     opt_theta, opt_phi: the torch optimizers of the weights of `model` and of `optimizer`. x: (B, C, H, W) in [0, 1]; y:
-    (B,); eps in [0, 1] pixel scale; start: see start_point; share: of the coordinates, those that φ learns from.
-    Returns the outer loss, a scalar tensor. Raises InputError, NotFinite.
-
-    The paper starts near x, as start="gaussian" does. On MNIST that makes a less robust classifier (results/mnist.md),
-    so both steps start anywhere in the ball.
+    (B,); eps in [0, 1] pixel scale; start: "gaussian" is near x, as in the paper, but on MNIST makes a less robust
+    classifier (results/mnist.md); share: of the coordinates, those that φ learns from. Returns the outer loss, a scalar
+    tensor. Raises InputError, NotFinite.
     """
     check(x, y, eps, steps)
     x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, start, share=share)
@@ -209,18 +207,13 @@ def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps
         # where g_0 … g_{T−1} use the running ones, and g_T holds x'_T's effect on the batch's other images too.
         loss = theta_gradient(model, opt_theta, objective, x, x_adv.requires_grad_(), y)
         g_T = x_adv.grad * (len(x) / objective.beta)
-    else:  # nothing is known of another objective
-        g_T, _ = last_gradient(model, x, x_adv, y, objective)
+    else:  # nothing is known of another objective: one more pass, like those of g_0 … g_{T−1}
+        with eval_mode(model):
+            g_T, _ = input_gradient(model, x_adv, objective, objective.target(model, x, y))
         loss = theta_gradient(model, opt_theta, objective, x, x_adv, y)
     phi_gradient(optimizer, opt_phi, trace, g_T, eps)
     update(loss, opt_theta, opt_phi)
     return loss
-
-
-def last_gradient(model, x, x_adv, y, objective):
-    """g_T (B, C, H, W) by a pass of its own, like g_0 … g_{T−1}, and the inner losses (B,)."""
-    with eval_mode(model):
-        return input_gradient(model, x_adv, objective, objective.target(model, x, y))
 
 
 def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), optimizer=None, lr=0.01):
@@ -235,7 +228,8 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
     for x, y in batches:
         check(x, y, eps, steps)
         x_adv, trace = ascend(model, optimizer.to(x.device), x, y, eps, steps, objective, "gaussian", share=1.0)
-        g_T, losses = last_gradient(model, x, x_adv, y, objective)
+        with eval_mode(model):
+            g_T, losses = input_gradient(model, x_adv, objective, objective.target(model, x, y))
         phi_gradient(optimizer, opt_phi, trace, g_T, eps)
         update(losses.mean(), opt_phi)  # the losses only have to be finite
     if not opt_phi.state:
@@ -448,7 +442,7 @@ def train(settings, model=None, data=None, resume=False):
     ends in the same weights, bit for bit, as a training that was never interrupted. Raises InputError before anything
     is written; NotFinite.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():  # started by torchrun
+    if processes()[1] > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if pick_device(settings.device).type == "cuda" else "gloo")
     last = Path(settings.out, "last.pt")
     if last.exists() and not resume:
@@ -482,10 +476,8 @@ def train(settings, model=None, data=None, resume=False):
 
 
 def processes():
-    """(rank, number of processes): (0, 1), unless torchrun started more."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+    """(rank, number of processes), as torchrun sets them; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def share_gradients(*players):
@@ -631,9 +623,7 @@ def pick_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # the device `meta` makes tensors, but has no numbers
-        return probe.device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {name!r} here ({one_line(error)}): auto, cpu, cuda or cuda:1") from None
 

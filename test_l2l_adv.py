@@ -5,8 +5,6 @@
 import copy
 import gzip
 import hashlib
-import http.server
-import io
 import json
 import math
 import os
@@ -15,8 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import threading
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -275,11 +271,8 @@ def python_2(x, y):
     """What cPickle of Python 2 made of a batch, protocol 2: keys are U (SHORT_BINSTRING), the pixels T (BINSTRING)."""
     array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85U\x01btR(K\x01K%cM\0\x0c\x86"
              b"cnumpy\ndtype\n(U\x02u1K\0K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89T%b%btb")
-    raw = b"\x80\x02}q\x01(U\x0bbatch_labelU\x061 of 5U\x06labelsq\x02](%beU\x04data%bU\x05names](U\x05a.pngeu." % (
+    return b"\x80\x02}q\x01(U\x0bbatch_labelU\x061 of 5U\x06labelsq\x02](%beU\x04data%bU\x05names](U\x05a.pngeu." % (
         b"".join(b"K%c" % label for label in y), array % (len(x), x.nbytes.to_bytes(4, "little"), x.tobytes()))
-    theirs = pickle.loads(raw, encoding="bytes")
-    assert np.array_equal(theirs[b"data"], x) and theirs[b"labels"] == y.tolist()  # it is a right pickle
-    return raw
 
 
 def write_cifar10(folder, n=12, pack=binary):
@@ -300,7 +293,6 @@ def is_cifar10(data, parts):
     return data.y_test.tolist() == parts["test_batch"][1].tolist()
 
 
-@pytest.mark.filterwarnings("ignore:numpy.core")
 @pytest.mark.parametrize("pack", [binary, *map(pickled, range(1, 6)), python_2])
 def test_cifar10_of_every_age_is_found_and_read(tmp_path, monkeypatch, pack):
     folder = f"data/cifar-10-batches-{'bin' if pack == binary else 'py'}"
@@ -353,32 +345,19 @@ def test_mnist_is_read(tmp_path, monkeypatch, folder, pack):
         assert y.tolist() == parts[name][1].tolist()
 
 
-@pytest.mark.parametrize("failure", [None, "404", "wrong MD5", "broken connection", "no archive"])
+@pytest.mark.parametrize("failure", [None, "no such file", "wrong SHA-256"])
 def test_cifar10_is_downloaded_whole_or_not_at_all_where_no_folder_was_named(tmp_path, monkeypatch, failure):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(404 if failure == "404" else 200)
-            self.send_header("Content-Length", str(len(archive)))
-            self.end_headers()
-            self.wfile.write(archive[:len(archive) // 2] if failure == "broken connection" else archive)
-
-    parts, packed = write_cifar10(tmp_path / "cifar-10-batches-bin"), io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        tar.add(tmp_path / "cifar-10-batches-bin", "cifar-10-batches-bin")
-    archive = b"<html>" if failure == "no archive" else packed.getvalue()
-    md5 = "0" * 32 if failure == "wrong MD5" else hashlib.md5(archive).hexdigest()
+    parts, archive = write_cifar10(tmp_path / "cifar-10-batches-bin"), tmp_path / "c.tar.gz"
+    shutil.make_archive(str(tmp_path / "c"), "gztar", tmp_path, "cifar-10-batches-bin")
+    sha256 = "0" if failure == "wrong SHA-256" else hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(baselines, "CIFAR10_SHA256", sha256)
+    monkeypatch.setattr(baselines, "CIFAR10_URL", f"{archive.as_uri()}{'x' if failure == 'no such file' else ''}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
-    monkeypatch.setenv("no_proxy", "*")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        monkeypatch.setattr(baselines, "CIFAR10_MD5", md5)
-        monkeypatch.setattr(baselines, "CIFAR10_URL", f"http://127.0.0.1:{server.server_port}/c.tar.gz")
-        with pytest.raises(InputError, match="no cifar10 in elsewhere"):
-            load_dataset("cifar10", "elsewhere")
-        with pytest.raises(InputError, match="could not be downloaded") if failure else nullcontext():
-            assert is_cifar10(load_dataset("cifar10"), parts)
-        server.shutdown()
+    with pytest.raises(InputError, match="no cifar10 in elsewhere"):
+        load_dataset("cifar10", "elsewhere")
+    with pytest.raises(InputError, match="could not be downloaded") if failure else nullcontext():
+        assert is_cifar10(load_dataset("cifar10"), parts)
     files = [] if failure else [f"data/cifar-10-batches-bin/{name}.bin" for name in NAMES]
     assert sorted(map(str, Path("data").rglob("*"))) == ["data/cifar-10-batches-bin"] * (not failure) + files
     assert not Path("elsewhere").exists() and (failure or is_cifar10(load_dataset("cifar10"), parts))  # it is there
@@ -455,21 +434,10 @@ def test_a_fresh_optimizer_steps_along_the_sign_of_the_gradient(cell):
             assert (delta * u > 0).double().mean() > (0.8 if t else 0.999) and 0.09 < delta.abs().mean() < 0.27
 
 
-@pytest.mark.parametrize("cell", ["lstm", "rnn"])
-def test_permuting_coordinates_or_images_permutes_the_updates(cell):
-    optimizer, g = seeded(0, LearnedOptimizer, cell=cell).double(), torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
-
-    def two_steps(g):
-        _, state = optimizer(scaled(g[0]))
-        return optimizer(scaled(g[1]), state)[0].view(g.shape[1:])
-
-    pixels, images = torch.randperm(32), torch.randperm(3)
-    shuffled = g.flatten(2)[:, :, pixels].reshape(g.shape)
-    assert torch.allclose(two_steps(shuffled), two_steps(g).flatten(1)[:, pixels].reshape(g.shape[1:]), atol=1e-15)
-    assert torch.allclose(two_steps(g[:, images]), two_steps(g)[images], atol=1e-15)
-    sizes = torch.tensor([1e-20, 1.0, 1e9]).double().view(3, 1, 1, 1)  # a gradient's scale does not matter
-    assert torch.allclose(two_steps(g * sizes), two_steps(g), atol=1e-12)
-    assert torch.equal(two_steps(g * 0), torch.zeros_like(g[0])) and two_steps(g).abs().max() > 1e-4
+def test_the_optimizer_sees_each_image_s_gradient_over_its_mean_size():
+    g = torch.randn(3, 2, 4, 4, dtype=torch.float64) * torch.tensor([1e-20, 1.0, 1e9]).double().view(3, 1, 1, 1)
+    assert np.allclose(scaled(g).view(3, -1).numpy(), [each / np.abs(each).mean() for each in g.flatten(1).numpy()])
+    assert torch.equal(scaled(0 * g), torch.zeros(96, dtype=torch.float64))
 
 
 # ---- l2l_adv 2: the learned inner maximiser, and the gradient of φ ---------------------------------------------------
@@ -542,7 +510,7 @@ def test_meta_gradient_equals_autograd_through_the_unrolled_losses_and_finite_di
 
 def test_the_meta_gradient_of_drawn_coordinates_is_unbiased():
     model, x, y = problem(batch=4)
-    optimizer, counts = big_steps(), torch.zeros(128)
+    optimizer = big_steps()
     x_adv, trace = seeded(1, ascend, model, optimizer, x, y, 0.2, 3, AdvTrain(), "gaussian", share=1.0)
     g_T, _ = input_gradient(model, x_adv, AdvTrain(), y)
     quarters = [Trace(*(part[k::4] for part in trace[:3]), *([each[k::4] for each in part] for part in trace[3:]))
@@ -556,19 +524,16 @@ def test_the_meta_gradient_of_drawn_coordinates_is_unbiased():
         assert torch.equal(x_again, x_adv) and len(set(some.drawn.tolist())) == K
         of_some, of_all = ([*each[1:3], *each.inputs, *each.gradients] for each in (some, trace))
         assert all(torch.equal(ours, theirs[order][some.drawn]) for ours, theirs in zip(of_some, of_all))
-    for _ in range(400):
-        counts[ascend(model, optimizer, x, y, 0.2, 1, AdvTrain(), "gaussian", share=0.25)[1].drawn] += 1
-    assert 60 < counts.min() and counts.max() < 140  # 100 of each are expected, give or take 9
 
 
 # ---- l2l_adv 3: one alternating update -------------------------------------------------------------------------------
 
-def moved(model, optimizer, x, y, objective, eps=0.2, steps=5, share=1.0):
+def moved(model, optimizer, x, y, objective):
     """How far train_step_learned moves the weights of (φ, θ), per unit of learning rate."""
     before = weights_of(optimizer), weights_of(model)
     opt_phi, opt_theta = (torch.optim.SGD(player.parameters(), 0.1) for player in (optimizer, model))
-    seeded(7, train_step_learned, model, optimizer, opt_theta, opt_phi, x, y, eps=eps, steps=steps, objective=objective,
-           start="gaussian", share=share)
+    seeded(7, train_step_learned, model, optimizer, opt_theta, opt_phi, x, y, eps=0.2, steps=5, objective=objective,
+           start="gaussian", share=1.0)
     return (weights_of(optimizer) - before[0]) / 0.1, (weights_of(model) - before[1]) / 0.1
 
 
@@ -580,23 +545,12 @@ class Mart(AdvTrain):
         return (F.cross_entropy(model(x_adv), y, reduction="none") * (1 - p)).mean()
 
 
-class MoreThanTrades(Trades):
-    def outer_loss(self, model, x, x_adv, y):
-        return super().outer_loss(model, x, x_adv, y) + model(x_adv).pow(2).mean()
-
-
-class Targeted(AdvTrain):
-    def target(self, model, x, y):
-        return (y + 1) % 3
-
-
 @pytest.mark.parametrize("objective, passes, scale", [
-    (AdvTrain(), 6, 1), (Trades(beta=3.0), 7, 1), (Mart(), 8, 1), (MoreThanTrades(), 10, 1), (Targeted(), 7, 1),
-    (AdvTrain(), 6, 1000)])
+    (AdvTrain(), 6, 1), (Trades(beta=3.0), 7, 1), (Mart(), 8, 1), (AdvTrain(), 6, 1000)])
 def test_one_learned_step_moves_both_players_along_their_own_gradients(objective, passes, scale):
     model, x, y = problem()
     model[-1].weight.data.mul_(scale)
-    optimizer, calls, seen = big_steps(), [], []
+    optimizer, calls = big_steps(), []
     ascent = meta_gradient(model, optimizer, x, y, 0.2, 5, objective)
     assert (ascent.norm() > 2) == (scale == 1000)
     ascent = ascent / ascent.norm().clamp(min=1)  # a large one is clipped
@@ -604,14 +558,10 @@ def test_one_learned_step_moves_both_players_along_their_own_gradients(objective
     x_adv, again = (seeded(7, learned_attack, model, optimizer, x, y, **budget) for _ in range(2))
     assert torch.equal(x_adv, again)  # the state is a fresh one
     descent = flat(torch.autograd.grad(objective.outer_loss(model, x, x_adv, y), list(model.parameters())))
-    twins = copy.deepcopy([model, optimizer])
     model.register_forward_hook(lambda *_: calls.append(1))
     phi, theta = moved(model, optimizer, x, y, objective)
     assert len(calls) == passes  # the attack's five, TRADES' f(x), the outer loss's; and g_T's where it is not free
     assert torch.allclose(phi, ascent, rtol=1e-6, atol=1e-12) and torch.allclose(theta, -descent, rtol=1e-8, atol=1e-12)
-    twins[1].register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
-    moved(*twins, x, y, objective, steps=2, share=0.25)
-    assert seen == [160, 160, 40, 40]  # φ is unrolled again where coordinates were drawn
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -645,13 +595,14 @@ def test_train_step_pgd_is_one_descent_step(objective, kind):
     assert torch.equal(got, loss.detach()) and torch.allclose(weights_of(model), expected, atol=1e-14)
 
 
-def test_the_learned_step_starts_anywhere_in_the_ball():
-    (model, x, y), optimizer, started = problem(), big_steps(), []
+def test_the_learned_step_starts_anywhere_in_the_ball_and_unrolls_a_sixteenth_of_the_coordinates():
+    (model, x, y), optimizer, started, seen = problem(), big_steps(), [], []
     opts = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(optimizer.parameters(), 0.1)
     model.register_forward_pre_hook(lambda _, images: started.append(images[0].detach().clone()))
+    optimizer.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
     seeded(7, train_step_learned, model, optimizer, *opts, x, y, eps=0.1, steps=2)
     noise = 0.2 * seeded(7, torch.rand_like, x) - 0.1
-    assert torch.allclose(started[0], project(x + noise, x, 0.1), atol=1e-15)
+    assert torch.allclose(started[0], project(x + noise, x, 0.1), atol=1e-15) and seen == [160, 160, 10, 10]
 
 
 @pytest.mark.parametrize("bad", ["loss", "theta", "phi"])
@@ -752,10 +703,8 @@ def test_every_method_trains_and_is_evaluated(tiny, capsys, method):
 
 
 def test_a_method_plays_for_the_objective_of_its_line(monkeypatch):
-    for objective, beta in ((Mart, 1.0), (MoreThanTrades, 2.0)):
-        monkeypatch.setitem(METHODS, "mine", (objective, "pgd"))
-        objective_made = make_objective(Settings(out="none", method="mine", beta=2.0))
-        assert type(objective_made) is objective and objective_made.beta == beta
+    monkeypatch.setitem(METHODS, "mine", (Mart, "pgd"))
+    assert type(make_objective(Settings(out="none", method="mine"))) is Mart
 
 
 @pytest.mark.parametrize("method, step, expected", [
@@ -819,8 +768,6 @@ def test_a_model_and_data_of_the_callers_own(tmp_path):
     assert isinstance(optimizer, LearnedOptimizer) and not torch.equal(weights_of(loaded), before)
     with pytest.raises(InputError, match="give it to load_run"):
         load_run(tmp_path / "run")
-    with pytest.raises(InputError, match="uint8"):
-        hold_out(Dataset(to_unit(images), labels, None, None))
 
 
 WORKER = """
@@ -922,13 +869,6 @@ def test_a_training_that_stopped_goes_on_to_the_same_bits(tiny, monkeypatch, cap
         process.communicate()
         print("killed after", [(path.name, path.stat().st_size) for path in Path("run").glob("*")])
     assert main([*flags, "run"]) == 0 and outcome_of("run") == outcome_of("whole")
-
-
-def test_the_same_seed_is_the_same_run_and_another_seed_another(tiny):
-    for out, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        assert main([*tiny, "--method", "rnn-adv", "--seed", seed, "--out", out]) == 0
-    a, b, c = map(outcome_of, "abc")
-    assert a == b and all(a[2][player] != c[2][player] for player in ("model", "optimizer"))
 
 
 @pytest.mark.parametrize("kind", ["bin", "py", "idx", "idx.gz", "last.pt"])
@@ -1067,7 +1007,7 @@ def is_refused(argv, words, capsys):
     --method fgsm; --model alexnet; --dataset svhn; --cell gru; --precision fp8; --compile maybe; --eps 0; --eps 8;
     --eps 8/0; --eps nan; --eps=-8/255; --eps-warmup 1.1; --steps 1.5; --epochs two; --bogus; --step-size 2; --beta 0;
     --phi-lr -1; --lr inf; --lr 1e999999999; --batch-size 9999999999; --limit 0; --seed -1; --out=;
-    --batch-size 1 = two or more; --limit 1 = two or more; --device tpu9 = no device; --device meta = no device;
+    --batch-size 1 = two or more; --limit 1 = two or more; --device tpu9 = no device;
     --data-dir nowhere = no cifar10 in nowhere; --dataset mnist --data-dir . = no mnist""".split(";"))
 def test_train_refuses_bad_input(tiny, capsys, flags):
     flags, _, words = flags.strip().partition(" = ")  # the line names the flag, or says this
@@ -1084,6 +1024,7 @@ def test_a_folder_with_a_run_is_not_overwritten_nor_resumed_with_other_settings(
     words, before = "epochs was 2 and is 5; seed was 0 and is 1\n", outcome_of("run")
     assert is_refused([*flags, "--resume", "--epochs", "5", "--seed", "1"], words, capsys)
     assert main([*flags, "--resume"]) == 0 and outcome_of("run") == before  # it is finished
+    assert main([*flags[:-1], "other", "--seed", "1"]) == 0 and outcome_of("other")[2]["model"] != before[2]["model"]
 
 
 IDX = "t10k-images-idx3-ubyte"
@@ -1160,14 +1101,11 @@ def run_cifar(tmp_path, monkeypatch):
     (tmp_path / "a copy").mkdir()
     shutil.copy(HERE / "run_cifar.sh", tmp_path / "a copy")
     monkeypatch.chdir(tmp_path / "a copy")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    for name in "METHODS MODEL STEPS EPOCHS LIMIT TEST_LIMIT JOBS SEED OUT CIFAR10_DIR FAILS NO_TORCH MISTAKE".split():
-        monkeypatch.delenv(name, raising=False)
 
     def run(*flags, **settings):
         Path("calls").write_text("")
         result = subprocess.run(["bash", "run_cifar.sh", *flags], capture_output=True, text=True, timeout=30,
-                                env={**os.environ, **settings})
+                                env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **settings})
         asked = Path("calls").read_text().replace(f"{tmp_path}/a copy/", "").splitlines()
         return result.returncode, result.stdout, result.stderr, asked
     return run
@@ -1198,16 +1136,12 @@ def test_run_cifar_stops_at_a_mistake_in_the_settings(run_cifar):
     status, _, _, asked = run_cifar(MISTAKE="of which bench.py speaks")
     assert status == 2 and len(asked) == 1
     for flags, settings, words in (([], {"EPOCHS": "two"}, "whole numbers"), ([], {"TEST_LIMIT": "0"}, "whole numbers"),
+                                   ([], {"NO_TORCH": "1"}, "install python3-venv"),
                                    (["--epochs", "3"], {}, "environment variables")):
         status, _, err, asked = run_cifar(*flags, **settings)
         assert status == 2 and words in err and err.count("\n") == 1 and asked == []
     status, out, _, asked = run_cifar("--help")
     assert status == 0 and "TEST_LIMIT" in out and "set -" not in out and asked == []
-
-
-def test_run_cifar_says_what_to_do_without_torch(run_cifar):
-    status, _, err, asked = run_cifar("--synthetic", NO_TORCH="1")
-    assert status == 2 and "install python3-venv" in err and err.count("\n") == 1 and asked == []
 
 
 # ---- What the README shows, and results/ -----------------------------------------------------------------------------
