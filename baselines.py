@@ -163,13 +163,13 @@ def sign(g):
 
 @torch.no_grad()
 def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaussian", line_search=False,
-        momentum=False):
+        momentum=False, decay=False):
     """Projected gradient ascent on the objective's inner loss, x' ← Π(x' + step_size·sign(g))  [1].
 
     x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. Returns x' like x, within eps of
     it. line_search: find each step by backtracking instead, from step_size down. (The paper's evidence that PGD with
     one fixed step is not the best maximiser.) momentum: follow the sum of all gradients so far, each over its L1 norm
-    (MI-FGSM)  [5]; not both. Raises InputError.
+    (MI-FGSM)  [5]; not both. decay: step t has size step_size·(1 − t/steps), t = 0, 1, … Raises InputError.
     """
     check(x, y, eps, steps, step_size)
     if line_search and momentum:  # the slope that a line search measures is that of g, not of the sum
@@ -177,12 +177,14 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
     with eval_mode(model):
         target = objective.target(model, x, y)
         x_adv, gathered = start_point(x, eps, start), 0.0  # (B, C, H, W), like g
-        for _ in range(steps):
+        for t in range(steps):
             g, loss = input_gradient(model, x_adv, objective, target)
             if momentum:
                 norm = g.abs().sum((1, 2, 3), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)  # (B, 1, 1, 1)
                 g = gathered = gathered + g / norm
-            step = backtrack(model, x_adv, x, g, loss, objective, target, eps, step_size) if line_search else step_size
+            step = step_size * (1 - t / steps) if decay else step_size
+            if line_search:
+                step = backtrack(model, x_adv, x, g, loss, objective, target, eps, step)
             x_adv = project(x_adv + step * sign(g), x, eps)
     return x_adv
 

@@ -7,8 +7,8 @@ hand-made steps. Here a small recurrent network m_φ, the same for every pixel, 
       h_0 = 0, x'_0 = x + 0.001·N(0, I), or uniform in the ball                      ascend
       for t = 0 … T−1:
         g_t = ∇_x' L(f_θ(x'_t), y)                                                   baselines.input_gradient
-        δ_t, h_{t+1} = m_φ(g_t, h_t), δ_t in units of eps                            scaled, LearnedOptimizer.forward
-        x'_{t+1} = Π(x'_t + eps·δ_t)                                                 baselines.project
+        δ_t, h_{t+1} = m_φ(g_t, h_t), δ_t in (−1, 1)                                 scaled, LearnedOptimizer.forward
+        x'_{t+1} = Π(x'_t + eps·(1 − t/T)·δ_t)                                       baselines.project
       φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t                              phi_gradient
       θ descends L(f_θ(x'_T), y)                                                     theta_gradient
 
@@ -72,8 +72,8 @@ class LearnedOptimizer(nn.Module):
 
     def forward(self, u, state=None, gain=1.0):
         """u: the scaled gradient at N coordinates, (N,); state: what the last call returned, None for h_0 = 0.
-        Returns δ (N,) in units of eps, in (−1, 1), and the next state. gain: multiplies the read-out, for attacks that
-        take longer steps than were trained."""
+        Returns δ (N,) in (−1, 1) and the next state. gain: multiplies the read-out, for attacks that take longer steps
+        than were trained."""
         if state is None:
             state = u.new_zeros(self.hidden_size, len(u)), u.new_zeros(self.hidden_size, len(u))
         h, c = state  # (H, N) each: the hidden axis comes first
@@ -96,6 +96,9 @@ def scaled(g):
 
 # ---- 2. The learned inner maximiser, and the gradient of φ for free -------------------------------------------------
 
+SHARP = 10.0  # gain of the attack that θ trains on, and of sharp-N. φ learns at gain 1: whole steps have no gradient
+
+
 class Trace(NamedTuple):
     """What an attack leaves for φ, at K of its N coordinates, drawn from all images before it starts."""
     drawn: torch.Tensor  # (K,), which ones
@@ -107,19 +110,19 @@ class Trace(NamedTuple):
 
 @torch.no_grad()
 def ascend(model, optimizer, x, y, eps, steps, objective, start, gain=1.0, share=0.0):
-    """T steps of the learned optimizer from a fresh state. Returns x'_T (B, C, H, W), and the Trace at a `share` of the
-    coordinates."""
+    """T steps of the learned optimizer from a fresh state; the longest they can be shrinks from eps, as 1 − t/T (ours,
+    not the paper's). Returns x'_T (B, C, H, W), and the Trace at a `share` of the coordinates."""
     with eval_mode(model):
         target = objective.target(model, x, y)
         x_adv = start_point(x, eps, start)
         drawn = torch.randperm(x.numel() if share else 0, device=x.device)[:math.ceil(share * x.numel())]  # (K,)
         trace = Trace(drawn, x.flatten()[drawn], x_adv.flatten()[drawn], [], [])
         state = None  # h_0 = 0
-        for _ in range(steps):
+        for t in range(steps):
             g, _ = input_gradient(model, x_adv, objective, target)
             u = scaled(g)
             delta, state = optimizer(u, state, gain)
-            x_adv = project(x_adv + eps * delta.view(x.shape), x, eps)  # (B, C, H, W)
+            x_adv = project(x_adv + eps * (1 - t / steps) * delta.view(x.shape), x, eps)  # (B, C, H, W)
             trace.inputs.append(u[drawn])
             trace.gradients.append(g.flatten()[drawn])
     return x_adv, trace
@@ -144,17 +147,18 @@ def phi_gradient(optimizer, opt_phi, trace, g_T, eps):
     The g_t are data to the optimizer (second derivatives are dropped), so by the chain rule
         ∂/∂φ Σ_t w_t L(f(x'_t), y)  =  Σ_t w_t ⟨∇_x' L(f(x'_t), y), ∂x'_t/∂φ⟩  =  ∂/∂φ Σ_t w_t ⟨g_t, x'_t⟩.
     Every g_t on the right is there already: the attack needed g_0 … g_{T−1}, θ's update computes g_T. So φ's gradient
-    costs no pass through the classifier; only the cell is unrolled once more. ⟨·,·⟩ is a sum over coordinates, so the
-    drawn ones give an unbiased estimate of it. g_T: (B, C, H, W).
+    costs no pass through the classifier; only the cell is unrolled once more, at gain 1. ⟨·,·⟩ is a sum over
+    coordinates, so the drawn ones give an unbiased estimate of it. g_T: (B, C, H, W).
     """
     opt_phi.zero_grad()
     x_adv, state, total = trace.x_0, None, 0.0  # (K,)
     gradients = [*trace.gradients[1:], g_T.flatten()[trace.drawn]]  # g_1 … g_T
-    for t, (u, g) in enumerate(zip(trace.inputs, gradients), start=1):
+    T = len(gradients)
+    for t, (u, g) in enumerate(zip(trace.inputs, gradients)):
         delta, state = optimizer(u, state)
-        x_adv = project(x_adv + eps * delta, trace.x, eps)
-        total = total + t * (g * x_adv).mean()  # w_t ⟨g_t, x'_t⟩, mean over the coordinates
-    per_image = g_T[0].numel() / sum(range(1, len(gradients) + 1))  # C·H·W coordinates each, over Σ w_t
+        x_adv = project(x_adv + eps * (1 - t / T) * delta, trace.x, eps)  # x'_{t+1}, at which g is g_{t+1}
+        total = total + (t + 1) * (g * x_adv).mean()  # w_{t+1} ⟨g_{t+1}, x'_{t+1}⟩, mean over the coordinates
+    per_image = g_T[0].numel() / sum(range(1, T + 1))  # C·H·W coordinates each, over Σ w_t
     (-per_image * total).backward()
     nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
 
@@ -191,16 +195,16 @@ def train_step_pgd(model, opt_theta, x, y, *, objective=AdvTrain(), start="unifo
 
 
 def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps, objective=AdvTrain(), start="uniform",
-                       share=1 / 16):
+                       gain=SHARP, share=1 / 16):
     """The learned optimizer finds x'; from the same attack φ ascends and θ descends: RNN-Adv or RNN-TRADES.
 
     opt_theta, opt_phi: the torch optimizers of the weights of `model` and of `optimizer`. x: (B, C, H, W) in [0, 1]; y:
     (B,); eps in [0, 1] pixel scale; start: "gaussian" is near x, as in the paper, but on MNIST makes a less robust
-    classifier (results/mnist.md); share: of the coordinates, those that φ learns from. Returns the outer loss, a scalar
-    tensor. Raises InputError, NotFinite.
+    classifier (results/mnist.md), as does gain=1, see SHARP; share: of the coordinates, those that φ learns from.
+    Returns the outer loss, a scalar tensor. Raises InputError, NotFinite.
     """
     check(x, y, eps, steps)
-    x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, start, share=share)
+    x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, start, gain, share)
     if type(objective) in (AdvTrain, Trades):
         # Their outer loss is, in x', beta times the batch mean of the inner one, so g_T comes with θ's backward pass.
         # That runs in the model's training mode: with batch norm, g_T and TRADES' f(x) use the batch's statistics,
@@ -240,8 +244,9 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
 # ---- 4. The training loop -------------------------------------------------------------------------------------------
 
 METHODS = {  # an objective, and who maximises its inner loss: the paper's grid
-    "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-bls": (AdvTrain, "line search"),
-    "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
+    "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-decay": (AdvTrain, "shrinking steps"),
+    "advtrain-bls": (AdvTrain, "line search"), "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"),
+    "rnn-trades": (Trades, "learned")}
 DEFAULTS = {  # of the settings that are left at None: by data set, then by model
     "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3},
     "mnist": {"model": "cnn4", "eps": 0.3, "epochs": 3, "lr": 0.05},
@@ -292,7 +297,8 @@ class Settings:
     eps_warmup: float = setting(None, "share of the training in which eps grows; default 0, small and cnn4 0.25",
                               number(0, 1))
     steps: int = setting(10, "T, the inner steps", COUNT)
-    step_size: float = setting(None, "PGD's step; default eps/4, mnist eps/3, line search (its longest) eps", PIXELS)
+    step_size: float = setting(None, "PGD's step, or its longest; default eps/4, mnist eps/3; bls and decay eps",
+                               PIXELS)
     beta: float = setting(6.0, "weight of TRADES' robust term", POSITIVE)
     cell: str = setting("lstm", "the learned optimizer's recurrent cell", choices=("lstm", "rnn"))
     phi_lr: float = setting(0.01, "peak learning rate of the learned optimizer (Adam, one-cycle)", POSITIVE)
@@ -318,7 +324,7 @@ class Settings:
                     setattr(self, name, value)
         if self.step_size is None:
             usual = self.eps / (3 if self.dataset == "mnist" else 4)  # chosen in results/mnist.md
-            self.step_size = self.eps if METHODS[self.method][1] == "line search" else usual
+            self.step_size = usual if METHODS[self.method][1] == "pgd" else self.eps
 
 
 def make_objective(settings):
@@ -384,7 +390,8 @@ class Training:
         if self.maximiser == "learned":
             return train_step_learned(model, self.optimizer, self.opt_theta, self.opt_phi, x, y, **budget)
         return train_step_pgd(model, self.opt_theta, x, y, step_size=ramp * settings.step_size, **budget,
-                              line_search=self.maximiser == "line search")
+                              line_search=self.maximiser == "line search",
+                              decay=self.maximiser == "shrinking steps")
 
     def epoch(self):
         """One pass over the training images in whole batches. Returns the mean outer loss."""
@@ -540,9 +547,6 @@ def load_classifier(checkpoint):
 
 
 # ---- 5. The command line: train, eval -------------------------------------------------------------------------------
-
-SHARP = 10.0  # gain of sharp-N: longer steps than φ learns, on MNIST mostly the stronger attack
-
 
 def named_attacks(names, eps, optimizer):
     """pgd-N, cw-N (with steps of eps/4), learned-N, sharp-N → {name: callable(model, x, y) → x'}, after N steps each;

@@ -88,6 +88,7 @@ def attacks(eps):
             "pgd-uniform": lambda m, x, y: pgd(m, x, y, **by_hand, start="uniform"),
             "pgd-trades": lambda m, x, y: pgd(m, x, y, **by_hand, objective=Trades()),
             "line-search": lambda m, x, y: pgd(m, x, y, **by_hand, line_search=True),
+            "decay": lambda m, x, y: pgd(m, x, y, **by_hand, decay=True),
             "cw": lambda m, x, y: cw_linf(m, x, y, **by_hand),
             "learned": lambda m, x, y: learned_attack(m, optimizer.to(x.dtype), x, y, **learned),
             "learned-trades": lambda m, x, y: learned_attack(m, optimizer.to(x.dtype), x, y, **learned,
@@ -196,6 +197,14 @@ def test_momentum_follows_the_sum_of_the_gradients_each_over_its_l1_norm():
     budget = dict(eps=0.1, step_size=0.06, steps=4)
     assert torch.allclose(seeded(1, pgd, model, x, y, **budget, momentum=True), x_adv, atol=1e-15)
     assert not torch.allclose(seeded(1, pgd, model, x, y, **budget), x_adv, atol=1e-3)
+
+
+def test_decay_shrinks_the_steps_evenly():
+    model, x, seen = Hill(lambda x: x), torch.full((3, 1, 2, 2), 0.5), []
+    model.register_forward_pre_hook(lambda _, images: seen.append(images[0].detach()))
+    seen.append(pgd(model, x, torch.zeros(3).long(), eps=0.2, step_size=0.04, steps=4, decay=True))
+    lengths = [(after - before).mean().item() for before, after in zip(seen, seen[1:])]
+    assert lengths == pytest.approx([0.04, 0.03, 0.02, 0.01], abs=1e-6)
 
 
 def test_line_search_halves_each_image_s_step_until_armijo_s_condition_holds():
@@ -442,18 +451,21 @@ def test_the_optimizer_sees_each_image_s_gradient_over_its_mean_size():
 
 # ---- l2l_adv 2: the learned inner maximiser, and the gradient of φ ---------------------------------------------------
 
-def unrolled(model, optimizer, x, y, eps, steps, objective):
-    """Reference of the attack: x'_1 … x'_T with their graph through m_φ; g_0 … g_{T−1} and u_0 … u_{T−1}, as data."""
+def unrolled(model, optimizer, x, y, eps, steps, objective, gain=1.0):
+    """Reference of the attack: x'_1 … x'_T at gain 1 with their graph through m_φ; g_0 … g_{T−1} and u_0 … u_{T−1} of
+    the attack at `gain`, as data, and where it ends."""
     target, state = objective.target(model, x, y), None
-    x_adv, points, gradients, inputs = project(x + 0.001 * torch.randn_like(x), x, eps), [], [], []
-    for _ in range(steps):
+    x_adv = soft = project(x + 0.001 * torch.randn_like(x), x, eps)
+    points, gradients, inputs = [], [], []
+    for t in range(steps):
         at = x_adv.detach().requires_grad_()
         gradients += torch.autograd.grad(objective.inner_loss(model(at), target).sum(), at)
         inputs.append((gradients[-1] / gradients[-1].abs().mean((1, 2, 3), keepdim=True)).flatten())
         delta, state = optimizer(inputs[-1], state)
-        x_adv = torch.min(torch.max(x_adv + eps * delta.view(x.shape), x - eps), x + eps).clamp(0, 1)
-        points.append(x_adv)
-    return points, gradients, inputs
+        x_adv, soft = (torch.min(torch.max(start + eps * (steps - t) / steps * step.view(x.shape), x - eps), x + eps)
+                       .clamp(0, 1) for start, step in ((x_adv, torch.tanh(gain * delta.atanh())), (soft, delta)))
+        points.append(soft)
+    return points, gradients, inputs, x_adv.detach()
 
 
 def weighted(losses):
@@ -463,7 +475,7 @@ def weighted(losses):
 
 def meta_gradient(model, optimizer, x, y, eps, steps, objective):
     """Reference of φ's gradient: autograd through the unrolled losses."""
-    points, _, _ = seeded(7, unrolled, model, optimizer, x, y, eps, steps, objective)
+    points, *_ = seeded(7, unrolled, model, optimizer, x, y, eps, steps, objective)
     target = objective.target(model, x, y)
     losses = weighted([objective.inner_loss(model(x_adv), target) for x_adv in points])
     return flat(torch.autograd.grad(losses, list(optimizer.parameters())))
@@ -482,7 +494,7 @@ def our_phi_gradient(optimizer, trace, g_T, eps):
 def test_meta_gradient_equals_autograd_through_the_unrolled_losses_and_finite_differences(cell, objective):
     model, x, y = problem()
     optimizer, eps, steps, target = big_steps(cell), 0.2, 5, objective.target(model, x, y)
-    points, _, inputs = seeded(7, unrolled, model, optimizer, x, y, eps, steps, objective)
+    points, _, inputs, _ = seeded(7, unrolled, model, optimizer, x, y, eps, steps, objective)
     assert 0.03 < ((points[-1] - x).abs() > eps - 1e-9).double().mean() < 0.95  # the projection cuts some coordinates
     expected = meta_gradient(model, optimizer, x, y, eps, steps, objective)
     x_adv, trace = seeded(7, ascend, model, optimizer, x, y, eps, steps, objective, "gaussian", share=1.0)
@@ -492,9 +504,9 @@ def test_meta_gradient_equals_autograd_through_the_unrolled_losses_and_finite_di
 
     def losses():  # at the recorded inputs, without any of autograd
         state, x_t, losses = None, x + 0.001 * seeded(7, torch.randn_like, x), []
-        for u in inputs:
+        for t, u in enumerate(inputs):
             delta, state = optimizer(u, state)
-            x_t = project(x_t + eps * delta.view(x.shape), x, eps)
+            x_t = project(x_t + eps * (1 - t / steps) * delta.view(x.shape), x, eps)
             losses.append(objective.inner_loss(model(x_t), target))
         return weighted(losses).item()
 
@@ -517,7 +529,7 @@ def test_the_meta_gradient_of_drawn_coordinates_is_unbiased():
                 for k in range(4)]
     each = [our_phi_gradient(optimizer, quarter, g_T, 0.2) for quarter in quarters]
     assert torch.allclose(sum(each) / 4, our_phi_gradient(optimizer, trace, g_T, 0.2), atol=1e-14)
-    assert (each[0] - each[1]).norm() > 0.1 * each[0].norm()
+    assert (each[0] - each[1]).norm() > 0.05 * each[0].norm()
     order = trace.drawn.argsort()
     for share, K in ((0.25, 32), (0.07, 9)):  # ascend draws K of the 128, and records what it passed there
         x_again, some = seeded(1, ascend, model, optimizer, x, y, 0.2, 3, AdvTrain(), "gaussian", share=share)
@@ -528,12 +540,12 @@ def test_the_meta_gradient_of_drawn_coordinates_is_unbiased():
 
 # ---- l2l_adv 3: one alternating update -------------------------------------------------------------------------------
 
-def moved(model, optimizer, x, y, objective):
+def moved(model, optimizer, x, y, objective, gain):
     """How far train_step_learned moves the weights of (φ, θ), per unit of learning rate."""
     before = weights_of(optimizer), weights_of(model)
     opt_phi, opt_theta = (torch.optim.SGD(player.parameters(), 0.1) for player in (optimizer, model))
     seeded(7, train_step_learned, model, optimizer, opt_theta, opt_phi, x, y, eps=0.2, steps=5, objective=objective,
-           start="gaussian", share=1.0)
+           start="gaussian", gain=gain, share=1.0)
     return (weights_of(optimizer) - before[0]) / 0.1, (weights_of(model) - before[1]) / 0.1
 
 
@@ -559,32 +571,33 @@ def test_one_learned_step_moves_both_players_along_their_own_gradients(objective
     assert torch.equal(x_adv, again)  # the state is a fresh one
     descent = flat(torch.autograd.grad(objective.outer_loss(model, x, x_adv, y), list(model.parameters())))
     model.register_forward_hook(lambda *_: calls.append(1))
-    phi, theta = moved(model, optimizer, x, y, objective)
+    phi, theta = moved(model, optimizer, x, y, objective, gain=1.0)
     assert len(calls) == passes  # the attack's five, TRADES' f(x), the outer loss's; and g_T's where it is not free
     assert torch.allclose(phi, ascent, rtol=1e-6, atol=1e-12) and torch.allclose(theta, -descent, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("gain", [1.0, 10.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_with_batch_norm_the_attack_is_in_eval_mode_and_the_free_g_T_in_train_mode(objective):
+def test_with_batch_norm_the_attack_is_in_eval_mode_and_the_free_g_T_in_train_mode(objective, gain):
     model, x, y = problem(batch_norm=True)
     model(3 * x)  # running statistics of their own
     still, twin, optimizer = copy.deepcopy(model).eval(), copy.deepcopy(model), big_steps()
-    points, gradients, _ = seeded(7, unrolled, still, optimizer, x, y, 0.2, 5, objective)
-    x_T = points[-1].detach().requires_grad_()
+    points, gradients, _, x_T = seeded(7, unrolled, still, optimizer, x, y, 0.2, 5, objective, gain)
+    x_T.requires_grad_()
     outer = objective.outer_loss(twin, x, x_T, y)
     g_T, *descent = torch.autograd.grad(outer, [x_T, *twin.parameters()])
     gradients = [*gradients[1:], g_T * len(x) / objective.beta]
     linear = weighted([g * x_adv for g, x_adv in zip(gradients, points)])
     ascent = flat(torch.autograd.grad(linear, list(optimizer.parameters())))
     in_eval = meta_gradient(still, optimizer, x, y, 0.2, 5, objective)
-    phi, theta = moved(model, optimizer, x, y, objective)
+    phi, theta = moved(model, optimizer, x, y, objective, gain)
     assert torch.allclose(phi, ascent, rtol=1e-8, atol=1e-12) and (phi - in_eval).norm() > 1e-3 * phi.norm()
     assert torch.allclose(theta, -flat(descent), rtol=1e-8, atol=1e-12)
-    assert torch.equal(flat(model.buffers()), flat(twin.buffers()))  # moved by the outer loss alone
+    assert torch.allclose(flat(model.buffers()), flat(twin.buffers()))  # moved by the outer loss alone
     assert not torch.equal(flat(model.buffers()), flat(still.buffers()))
 
 
-@pytest.mark.parametrize("kind", [{}, {"line_search": True}, {"momentum": True}])
+@pytest.mark.parametrize("kind", [{}, {"line_search": True}, {"momentum": True}, {"decay": True}])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_train_step_pgd_is_one_descent_step(objective, kind):
     model, x, y = problem()
@@ -626,7 +639,7 @@ def train_phi(model, x, y, steps, updates, cell="lstm"):
     optimizer = seeded(0, LearnedOptimizer, cell=cell)
     opts = torch.optim.SGD(model.parameters(), 0.0), torch.optim.Adam(optimizer.parameters(), 0.02)
     for _ in range(updates):
-        train_step_learned(model, optimizer, *opts, x, y, eps=0.1, steps=steps, share=0.5)
+        train_step_learned(model, optimizer, *opts, x, y, eps=0.1, steps=steps, gain=1.0, share=0.5)
     return learned_attack(model, optimizer, x, y, eps=0.1, steps=steps)
 
 
@@ -709,9 +722,10 @@ def test_a_method_plays_for_the_objective_of_its_line(monkeypatch):
 
 @pytest.mark.parametrize("method, step, expected", [
     ("rnn-adv", "train_step_learned", {"objective": 1.0}), ("rnn-trades", "train_step_learned", {"objective": 2.0}),
-    ("advtrain", "train_step_pgd", {"objective": 1.0, "step_size": 0.0125, "line_search": False}),
-    ("advtrain-bls", "train_step_pgd", {"objective": 1.0, "step_size": 0.05, "line_search": True}),
-    ("trades", "train_step_pgd", {"objective": 2.0, "step_size": 0.0125, "line_search": False})])
+    ("advtrain", "train_step_pgd", {"objective": 1.0, "step_size": 0.0125, "line_search": False, "decay": False}),
+    ("advtrain-bls", "train_step_pgd", {"objective": 1.0, "step_size": 0.05, "line_search": True, "decay": False}),
+    ("advtrain-decay", "train_step_pgd", {"objective": 1.0, "step_size": 0.05, "line_search": False, "decay": True}),
+    ("trades", "train_step_pgd", {"objective": 2.0, "step_size": 0.0125, "line_search": False, "decay": False})])
 def test_a_method_takes_the_step_of_its_name(monkeypatch, method, step, expected):
     x, y, seen = torch.zeros(10, 1, 4, 4), torch.arange(10), []
     settings = Settings(out="none", method=method, eps=0.1, steps=3, beta=2.0)

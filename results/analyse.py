@@ -28,6 +28,7 @@ def maximisers(run):
         result[f"pgd {name}"] = partial(pgd, run.model, eps=eps, step_size=size)
     for name, size in ("eps/4", eps / 4), ("eps/2", eps / 2), ("eps", eps):
         result[f"momentum {name}"] = partial(pgd, run.model, eps=eps, step_size=size, momentum=True)
+    result["shrinking from eps"] = partial(pgd, run.model, eps=eps, step_size=eps, decay=True)
     result["line search, 4 passes a step"] = partial(pgd, run.model, eps=eps, step_size=eps, line_search=True)
     if run.optimizer:
         result["learned"] = partial(learned_attack, run.model, run.optimizer, eps=eps)
@@ -87,7 +88,7 @@ def step(run, climbs):
 
 def verdict(climbs):
     """Who is ahead, in mean loss; the standard error is that of the difference, image by image."""
-    result, by_hand = {}, ("pgd", "momentum", "line")
+    result, by_hand = {}, ("pgd", "momentum", "shrinking", "line")
     for ours, t, rivals in ("learned", T, by_hand), ("learned", 100, "pgd"), ("sharp", T, by_hand):
         theirs = {name: losses[t] for name, (losses, _) in climbs.items() if name.startswith(rivals)}  # (N,) each
         best = max(theirs, key=lambda name: theirs[name].mean())
@@ -117,7 +118,7 @@ def transfer(run, runs):
 def draw_steps(ax, run, result):
     """PGD at its best step, the best of the others by hand, and the learned optimizer."""
     lines = {name: list(losses.values()) for name, losses in result["step"][run.folder]["by step"].items()}
-    kinds = (("pgd",), "C0-"), (("momentum", "line"), "C1-s"), (("learned",), "k-o"), (("sharp",), "k:^")
+    kinds = (("pgd",), "C0-"), (("momentum", "shrinking", "line"), "C1-s"), (("learned",), "k-o"), (("sharp",), "k:^")
     for kind, style in kinds:
         for name in sorted((name for name in lines if name.startswith(kind)), key=lambda name: lines[name][T])[-1:]:
             ax.plot(lines[name][:T + 1], style, linewidth=2, label=name)

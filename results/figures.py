@@ -48,7 +48,8 @@ def epochs(figure, path):
     for folder, found in json.loads(Path(path).read_text())["step"].items():
         run, _, epoch = folder.rpartition("/epoch-")
         runs.setdefault(run, {})[int(epoch)] = found["by step"]
-    shown = (("PGD after 100", "pgd", "100", "C0--"), ("the best by hand after 10", ("momentum", "line"), "10", "C1-s"),
+    by_hand = "momentum", "shrinking", "line"
+    shown = (("PGD after 100", "pgd", "100", "C0--"), ("the best by hand after 10", by_hand, "10", "C1-s"),
              ("learned after 10", "learned", "10", "k-o"), ("sharp after 10", "sharp", "10", "k:^"))
     for ax, (run, by_epoch) in zip(figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items()):
         for label, kind, t, style in shown:

@@ -10,9 +10,11 @@ from statistics import mean, stdev
 
 COLUMNS = ("natural", "pgd-10", "pgd-100", "cw-100", "apgd-ce", "apgd-t3", "apgd-t", "fab-t",
            "square", "learned-10", "sharp-10", "worst")
-ORDER = "plain", "advtrain", "advtrain-quarter", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "rnn-trades"
-LEADS = (("rnn-adv", "advtrain"), ("rnn-adv", "advtrain-quarter"), ("advtrain", "advtrain-quarter"),
-         ("rnn-adv-rnn", "advtrain"), ("advtrain-bls", "advtrain"), ("rnn-trades", "trades"))
+ORDER = ("plain", "advtrain", "advtrain-quarter", "advtrain-decay", "advtrain-bls", "rnn-adv-rnn", "rnn-adv",
+         "trades", "rnn-trades")
+LEADS = (("rnn-adv", "advtrain"), ("rnn-adv", "advtrain-quarter"), ("rnn-adv", "advtrain-decay"),
+         ("advtrain-decay", "advtrain"), ("advtrain-bls", "advtrain"), ("advtrain", "advtrain-quarter"),
+         ("rnn-adv-rnn", "advtrain"), ("rnn-trades", "trades"))
 
 
 def read(folder, what):
