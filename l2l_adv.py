@@ -245,8 +245,8 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
 
 METHODS = {  # an objective, and who maximises its inner loss: the paper's grid
     "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-decay": (AdvTrain, "shrinking steps"),
-    "advtrain-bls": (AdvTrain, "line search"), "trades": (Trades, "pgd"), "rnn-adv": (AdvTrain, "learned"),
-    "rnn-trades": (Trades, "learned")}
+    "advtrain-bls": (AdvTrain, "line search"), "trades": (Trades, "pgd"), "trades-decay": (Trades, "shrinking steps"),
+    "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
 DEFAULTS = {  # of the settings that are left at None: by data set, then by model
     "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3},
     "mnist": {"model": "cnn4", "eps": 0.3, "epochs": 3, "lr": 0.05},

@@ -17,7 +17,7 @@ autoattacked=${TEST_LIMIT:-1000}
 [[ $dataset =~ ^(mnist|cifar10)$ ]] || { echo "reproduce.sh: say mnist or cifar10, see its top" >&2; exit 2; }
 if [[ $dataset == mnist ]]; then
     model=${MODEL:-cnn4} batch=64 autoattacked=${TEST_LIMIT:-500} seeds="0 1 2 3 4"
-    more=({advtrain-bls,rnn-adv-rnn}-s{0,1,2} advtrain-{decay,quarter}-s{0..4} plain-s0)
+    more=({advtrain-bls,rnn-adv-rnn}-s{0,1,2} {advtrain-decay,advtrain-quarter,trades-decay}-s{0..4} plain-s0)
 fi
 names=()
 for seed in $seeds; do names+=("${main[@]/%0/$seed}"); done
@@ -30,7 +30,7 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
     exec >>"$run.log" 2>&1
     case $method in  # those trained by hand face the learned optimizer of their twin
         *-rnn) cell=rnn method=${method%-rnn} ;;
-        trades) lender=$RUNS/rnn-trades-s$seed ;;
+        trades*) lender=$RUNS/rnn-trades-s$seed ;;
         plain | advtrain*) lender=$RUNS/rnn-adv-s$seed ;;
     esac
     [[ $method != *-quarter ]] || method=advtrain step_size=0.3/4  # not MNIST's default, eps/3
