@@ -211,13 +211,18 @@ def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps
         # where g_0 … g_{T−1} use the running ones, and g_T holds x'_T's effect on the batch's other images too.
         loss = theta_gradient(model, opt_theta, objective, x, x_adv.requires_grad_(), y)
         g_T = x_adv.grad * (len(x) / objective.beta)
-    else:  # nothing is known of another objective: one more pass, like those of g_0 … g_{T−1}
-        with eval_mode(model):
-            g_T, _ = input_gradient(model, x_adv, objective, objective.target(model, x, y))
+    else:  # nothing is known of another objective
+        g_T, _ = last_gradient(model, x, x_adv, y, objective)
         loss = theta_gradient(model, opt_theta, objective, x, x_adv, y)
     phi_gradient(optimizer, opt_phi, trace, g_T, eps)
     update(loss, opt_theta, opt_phi)
     return loss
+
+
+def last_gradient(model, x, x_adv, y, objective):
+    """g_T (B, C, H, W) by a pass of its own, like g_0 … g_{T−1}, and the inner losses (B,)."""
+    with eval_mode(model):
+        return input_gradient(model, x_adv, objective, objective.target(model, x, y))
 
 
 def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), optimizer=None, lr=0.01):
@@ -232,8 +237,7 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
     for x, y in batches:
         check(x, y, eps, steps)
         x_adv, trace = ascend(model, optimizer.to(x.device), x, y, eps, steps, objective, "gaussian", share=1.0)
-        with eval_mode(model):
-            g_T, losses = input_gradient(model, x_adv, objective, objective.target(model, x, y))
+        g_T, losses = last_gradient(model, x, x_adv, y, objective)
         phi_gradient(optimizer, opt_phi, trace, g_T, eps)
         update(losses.mean(), opt_phi)  # the losses only have to be finite
     if not opt_phi.state:
@@ -627,7 +631,9 @@ def pick_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the device `meta` makes tensors, but has no numbers
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {name!r} here ({one_line(error)}): auto, cpu, cuda or cuda:1") from None
 

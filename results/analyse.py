@@ -17,6 +17,7 @@ from baselines import AdvTrain, InputError, Trades, evaluate, input_gradient, pg
 from l2l_adv import SHARP, as_program, learned_attack, write_whole
 from results.runs import load, parser
 
+BY_HAND = "momentum", "shrinking", "line"  # how the names of maximisers begin, but for plain PGD's
 ANALYSES = "step", "longer", "transfer"
 T, LONGER = 10, [10, 20, 40, 100]  # the steps trained for; and those to read the longer attacks at
 
@@ -88,7 +89,7 @@ def step(run, climbs):
 
 def verdict(climbs):
     """Who is ahead, in mean loss; the standard error is that of the difference, image by image."""
-    result, by_hand = {}, ("pgd", "momentum", "shrinking", "line")
+    result, by_hand = {}, ("pgd", *BY_HAND)
     for ours, t, rivals in ("learned", T, by_hand), ("learned", 100, "pgd"), ("sharp", T, by_hand):
         theirs = {name: losses[t] for name, (losses, _) in climbs.items() if name.startswith(rivals)}  # (N,) each
         best = max(theirs, key=lambda name: theirs[name].mean())
@@ -118,7 +119,7 @@ def transfer(run, runs):
 def draw_steps(ax, run, result):
     """PGD at its best step, the best of the others by hand, and the learned optimizer."""
     lines = {name: list(losses.values()) for name, losses in result["step"][run.folder]["by step"].items()}
-    kinds = (("pgd",), "C0-"), (("momentum", "shrinking", "line"), "C1-s"), (("learned",), "k-o"), (("sharp",), "k:^")
+    kinds = (("pgd",), "C0-"), (BY_HAND, "C1-s"), (("learned",), "k-o"), (("sharp",), "k:^")
     for kind, style in kinds:
         for name in sorted((name for name in lines if name.startswith(kind)), key=lambda name: lines[name][T])[-1:]:
             ax.plot(lines[name][:T + 1], style, linewidth=2, label=name)

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
+from analyse import BY_HAND
 from table import read
 
 STYLES = {"advtrain": "C0--o", "rnn-adv": "C0-o", "trades": "C1--s", "rnn-trades": "C1-s"}
@@ -48,8 +49,7 @@ def epochs(figure, path):
     for folder, found in json.loads(Path(path).read_text())["step"].items():
         run, _, epoch = folder.rpartition("/epoch-")
         runs.setdefault(run, {})[int(epoch)] = found["by step"]
-    by_hand = "momentum", "shrinking", "line"
-    shown = (("PGD after 100", "pgd", "100", "C0--"), ("the best by hand after 10", by_hand, "10", "C1-s"),
+    shown = (("PGD after 100", "pgd", "100", "C0--"), ("the best by hand after 10", BY_HAND, "10", "C1-s"),
              ("learned after 10", "learned", "10", "k-o"), ("sharp after 10", "sharp", "10", "k:^"))
     for ax, (run, by_epoch) in zip(figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items()):
         for label, kind, t, style in shown:
