@@ -19,7 +19,8 @@ from results.runs import load, parser
 
 BY_HAND = "momentum", "shrinking", "line"  # how the names of maximisers begin, but for plain PGD's
 ANALYSES = "step", "longer", "transfer"
-T, LONGER = 10, [10, 20, 40, 100]  # the steps trained for; and those to read the longer attacks at
+LASTING = "pgd", "shrinking", "learned"  # how the names of those begin that also take 100 steps
+T, LONGER = 10, [10, 20, 40, 100]  # the steps trained for; and longer attacks
 
 
 def maximisers(run):
@@ -59,11 +60,12 @@ class Recorder:
 
 
 def climb(run, attack, steps):
-    """The inner losses at x'_0 … x'_steps, and who is right there, as 1 or 0: (steps + 1, N) each."""
+    """The inner losses at x'_0 … x'_steps of an attack of so many steps, and who is right there, 1 or 0: (steps + 1, N)."""
     losses, right = [], []
     for x, y in batches(run):
         recorder = Recorder(run.objective, y)
-        attack(x, y, steps=steps + 1, objective=recorder)  # its last gradient is at x'_steps
+        x_adv = attack(x, y, steps=steps, objective=recorder)
+        input_gradient(run.model, x_adv, recorder, recorder.target(run.model, x, y))  # at x'_steps
         losses.append(torch.stack(recorder.losses))
         right.append(torch.stack(recorder.right))
     return torch.cat(losses, 1).double().cpu(), torch.cat(right, 1).double().cpu()
@@ -78,32 +80,40 @@ def table(title, columns, rows):
     return {name: dict(zip(map(str, columns), map(float, numbers))) for name, numbers in rows.items()}
 
 
-def step(run, climbs):
-    """(a) Mean inner loss at t = 0 … T, and after 100 steps of the attacks that went on."""
-    means = {name: losses.mean(1).tolist() for name, (losses, _) in climbs.items()}
+def step(run):
+    """(a) Mean inner loss at t = 0 … T, and, of those that are LASTING, at the end of 100 steps."""
+    attacks = maximisers(run)
+    losses = {name: climb(run, attack, T)[0] for name, attack in attacks.items()}  # (T + 1, N) each
+    lasting = {name: climb(run, attack, 100)[0][-1] for name, attack in attacks.items() if name.startswith(LASTING)}
+    rows = {name: [*each.mean(1), lasting[name].mean()] if name in lasting else each.mean(1)
+            for name, each in losses.items()}
     kind = "KL(f(x) || f(x'))" if isinstance(run.objective, Trades) else "cross-entropy"
-    losses = table(f"(a) {run.folder}: inner loss ({kind}) after t gradients", [*range(T + 1), 100],
-                   {name: each[:T + 1] + each[T + 1:][-1:] for name, each in means.items()})
-    return {"loss": kind, "by step": losses, "verdict": verdict(climbs) if run.optimizer else None}
+    by_step = table(f"(a) {run.folder}: inner loss ({kind}) after t gradients", [*range(T + 1), 100], rows)
+    ends = {name: each[T] for name, each in losses.items()}
+    return {"loss": kind, "by step": by_step, "verdict": verdict(ends, lasting) if run.optimizer else None}
 
 
-def verdict(climbs):
-    """Who is ahead, in mean loss; the standard error is that of the difference, image by image."""
+def verdict(ends, lasting):
+    """Who is ahead after T steps, and after 100, in mean loss; the standard error is that of the difference, image by
+    image. ends, lasting: {name: (N,)}."""
     result, by_hand = {}, ("pgd", *BY_HAND)
-    for ours, t, rivals in ("learned", T, by_hand), ("learned", 100, "pgd"), ("sharp", T, by_hand):
-        theirs = {name: losses[t] for name, (losses, _) in climbs.items() if name.startswith(rivals)}  # (N,) each
-        best = max(theirs, key=lambda name: theirs[name].mean())
-        gain = climbs[ours][0][T] - theirs[best]
+    for ours, t, after_t, rivals in (("learned", T, ends, by_hand), ("learned", 100, lasting, "pgd"),
+                                     ("sharp", T, ends, by_hand)):
+        best = max((name for name in after_t if name.startswith(rivals)), key=lambda name: after_t[name].mean())
+        gain = ends[ours] - after_t[best]
         numbers = {"difference": gain.mean().item(), "error": gain.std().item() / len(gain) ** 0.5}
         result[f"{ours}-{T} over {best}-{t}"] = numbers
         print("{}-{} over {}-{}: {:+.2g}, standard error {:.2g}".format(ours, T, best, t, *numbers.values()))
     return result
 
 
-def longer(run, climbs):
-    """(b) Mean inner loss, and accuracy, after each number of steps in LONGER."""
-    columns = [f"{t} {what}" for what in ("loss", "acc.") for t in LONGER]
-    rows = {name: torch.cat([each[LONGER].mean(1) for each in climbs[name]]) for name in ("learned", "pgd eps/4")}
+def longer(run):
+    """(b) Mean inner loss, and accuracy, after attacks of more steps than were trained for."""
+    columns = [f"{steps} {what}" for what in ("loss", "acc.") for steps in LONGER]
+    rows = {}
+    for name in "pgd eps/4", "shrinking from eps", "learned":
+        ends = [climb(run, maximisers(run)[name], steps) for steps in LONGER]
+        rows[name] = [part[-1].mean() for parts in zip(*ends) for part in parts]  # losses, then who is right
     return table(f"(b) {run.folder}: run for longer, inner loss and accuracy", columns, rows)
 
 
@@ -170,13 +180,10 @@ def analyse(args):
     runs, about = load(args)
     result = {name: {} for name in args.only}
     for run in runs:
-        climbs = {name: climb(run, attack, 100 if name.startswith(("pgd", "learned")) else T)  # 100 take the time
-                  for name, attack in maximisers(run).items() if {"step", "longer"} & {*args.only}}
-        analyses = {"step": partial(step, climbs=climbs), "longer": partial(longer, climbs=climbs),
-                    "transfer": partial(transfer, runs=runs)}
         for name in args.only:
             if run.optimizer or name in ("step", "transfer"):
-                result[name][run.folder] = analyses[name](run)
+                analysis = {"step": step, "longer": longer, "transfer": partial(transfer, runs=runs)}[name]
+                result[name][run.folder] = analysis(run)
     if args.json:
         write_whole(args.json, (json.dumps({"about": about, **result}, indent=1) + "\n").encode())
     if args.figures:
