@@ -1209,3 +1209,22 @@ def test_bench_compares_every_method_with_advtrain(capsys, monkeypatch):
     monkeypatch.setattr(Training, "step", lambda run, x, y: seen.add((x.shape, run.settings.steps)) or step(run, x, y))
     assert bench.main([*flags, "--dataset", "synthetic", "--methods", "plain", "--steps", "3"]) == 0
     assert [*json.loads(capsys.readouterr().out)["methods"]] == ["plain"] and seen == {((4, 3, 16, 16), 3)}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_analysis_climbs_where_the_attack_of_so_many_steps_does(objective):
+    from results.analyse import climb, maximisers
+    from results.runs import Run
+    model, x, y = problem()
+    run = Run("", model, LearnedOptimizer().double(), Settings("out", eps=0.1), objective, x, y, seed=3, batch_size=5)
+    for name, attack in maximisers(run).items():
+        losses, right = climb(run, attack, steps=3)
+        torch.manual_seed(3)
+        x_0 = baselines.start_point(x, 0.1)
+        torch.manual_seed(3)
+        x_3 = attack(x, y, steps=3, objective=objective)
+        for t, x_adv in (0, x_0), (3, x_3):
+            logits = model(x_adv)
+            torch.testing.assert_close(losses[t], objective.inner_loss(logits, objective.target(model, x, y)), msg=name)
+            assert right[t].tolist() == (logits.argmax(1) == y).tolist()
+        assert len(losses) == len(right) == 4
