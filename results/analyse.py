@@ -133,9 +133,9 @@ def draw_steps(ax, run, result):
     for kind, style in kinds:
         for name in sorted((name for name in lines if name.startswith(kind)), key=lambda name: lines[name][T])[-1:]:
             ax.plot(lines[name][:T + 1], style, linewidth=2, label=name)
-    start, top = lines["pgd eps/4"][0], max(losses[-1] for losses in lines.values())
-    ax.axhline(max(lines[name][-1] for name in lines if name.startswith("pgd")), color="C0", linestyle="--",
-               label="pgd after 100")
+    start, lasting = lines["pgd eps/4"][0], max(lines[name][-1] for name in lines if name.startswith("pgd"))
+    ax.axhline(lasting, color="C0", linestyle="--", label="pgd after 100")
+    top = max(lasting, *(losses[T] for losses in lines.values()))
     ax.legend(loc="lower right")
     ax.set(xlabel="gradients", ylabel="inner loss", ylim=(start, start + 1.05 * (top - start)))
 
