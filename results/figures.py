@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from analyse import BY_HAND
 from table import read
 
-STYLES = {"advtrain": "C0--o", "rnn-adv": "C0-o", "trades": "C1--s", "rnn-trades": "C1-s"}
+STYLES = {"advtrain-decay": "C0--o", "rnn-adv": "C0-o", "trades-decay": "C1--s", "rnn-trades": "C1-s"}
 BATCH = 64
 
 
