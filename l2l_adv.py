@@ -199,8 +199,8 @@ def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps
     """The learned optimizer finds x'; from the same attack φ ascends and θ descends: RNN-Adv or RNN-TRADES.
 
     opt_theta, opt_phi: the torch optimizers of the weights of `model` and of `optimizer`. x: (B, C, H, W) in [0, 1]; y:
-    (B,); eps in [0, 1] pixel scale; start: "gaussian" is near x, as in the paper, but on MNIST makes a less robust
-    classifier (results/mnist.md), as does gain=1, see SHARP; share: of the coordinates, those that φ learns from.
+    (B,); eps in [0, 1] pixel scale; start: "gaussian" is near x, as in the paper, but may make a less robust classifier
+    (results/mnist.md), as may gain=1, see SHARP; share: of the coordinates, those that φ learns from.
     Returns the outer loss, a scalar tensor. Raises InputError, NotFinite.
     """
     check(x, y, eps, steps)
