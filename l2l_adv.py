@@ -72,8 +72,8 @@ class LearnedOptimizer(nn.Module):
 
     def forward(self, u, state=None, gain=1.0):
         """u: the scaled gradient at N coordinates, (N,); state: what the last call returned, None for h_0 = 0.
-        Returns δ (N,) in (−1, 1) and the next state. gain: multiplies the read-out, for attacks that take longer steps
-        than were trained."""
+        Returns δ (N,) in (−1, 1) and the next state. gain: multiplies the read-out, for attacks by longer steps than φ
+        learns."""
         if state is None:
             state = u.new_zeros(self.hidden_size, len(u)), u.new_zeros(self.hidden_size, len(u))
         h, c = state  # (H, N) each: the hidden axis comes first
@@ -200,8 +200,8 @@ def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps
 
     opt_theta, opt_phi: the torch optimizers of the weights of `model` and of `optimizer`. x: (B, C, H, W) in [0, 1]; y:
     (B,); eps in [0, 1] pixel scale; start: "gaussian" is near x, as in the paper, but may make a less robust classifier
-    (results/mnist.md), as may gain=1, see SHARP; share: of the coordinates, those that φ learns from.
-    Returns the outer loss, a scalar tensor. Raises InputError, NotFinite.
+    (results/mnist.md), as may gain=1, see SHARP; share: of the coordinates, those that φ learns from. Returns the outer
+    loss, a scalar tensor. Raises InputError, NotFinite.
     """
     check(x, y, eps, steps)
     x_adv, trace = ascend(model, optimizer, x, y, eps, steps, objective, start, gain, share)

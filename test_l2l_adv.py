@@ -1219,10 +1219,8 @@ def test_an_analysis_climbs_where_the_attack_of_so_many_steps_does(objective):
     run = Run("", model, LearnedOptimizer().double(), Settings("out", eps=0.1), objective, x, y, seed=3, batch_size=5)
     for name, attack in maximisers(run).items():
         losses, right = climb(run, attack, steps=3)
-        torch.manual_seed(3)
-        x_0 = baselines.start_point(x, 0.1)
-        torch.manual_seed(3)
-        x_3 = attack(x, y, steps=3, objective=objective)
+        x_0 = seeded(3, baselines.start_point, x, 0.1)
+        x_3 = seeded(3, attack, x, y, steps=3, objective=objective)
         for t, x_adv in (0, x_0), (3, x_3):
             logits = model(x_adv)
             torch.testing.assert_close(losses[t], objective.inner_loss(logits, objective.target(model, x, y)), msg=name)

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import AdvTrain, InputError, Trades, evaluate, input_gradient, pgd
-from l2l_adv import SHARP, as_program, learned_attack, write_whole
+from l2l_adv import SHARP, as_program, last_gradient, learned_attack, write_whole
 from results.runs import load, parser
 
 BY_HAND = "momentum", "shrinking", "line"  # how the names of maximisers begin, but for plain PGD's
@@ -60,12 +60,12 @@ class Recorder:
 
 
 def climb(run, attack, steps):
-    """The inner losses at x'_0 … x'_steps of an attack of so many steps, and who is right there, 1 or 0: (steps + 1, N)."""
+    """The inner losses at x'_0 … x'_steps of an attack of so many steps, and who is right, 1 or 0: (steps + 1, N)."""
     losses, right = [], []
     for x, y in batches(run):
         recorder = Recorder(run.objective, y)
         x_adv = attack(x, y, steps=steps, objective=recorder)
-        input_gradient(run.model, x_adv, recorder, recorder.target(run.model, x, y))  # at x'_steps
+        last_gradient(run.model, x, x_adv, y, recorder)  # so that it sees x'_steps too
         losses.append(torch.stack(recorder.losses))
         right.append(torch.stack(recorder.right))
     return torch.cat(losses, 1).double().cpu(), torch.cat(right, 1).double().cpu()
@@ -110,9 +110,9 @@ def verdict(ends, lasting):
 def longer(run):
     """(b) Mean inner loss, and accuracy, after attacks of more steps than were trained for."""
     columns = [f"{steps} {what}" for what in ("loss", "acc.") for steps in LONGER]
-    rows = {}
+    attacks, rows = maximisers(run), {}
     for name in "pgd eps/4", "shrinking from eps", "learned":
-        ends = [climb(run, maximisers(run)[name], steps) for steps in LONGER]
+        ends = [climb(run, attacks[name], steps) for steps in LONGER]
         rows[name] = [part[-1].mean() for parts in zip(*ends) for part in parts]  # losses, then who is right
     return table(f"(b) {run.folder}: run for longer, inner loss and accuracy", columns, rows)
 
