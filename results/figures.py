@@ -13,34 +13,45 @@ from matplotlib.figure import Figure
 from analyse import BY_HAND
 from table import read
 
-STYLES = {"advtrain-decay": "C0--o", "rnn-adv": "C0-o", "trades-decay": "C1--s", "rnn-trades": "C1-s"}
+PAIRS = {"AdvTrain": ("advtrain-decay", "rnn-adv", "C0", "o"), "TRADES": ("trades-decay", "rnn-trades", "C1", "s")}
 BATCH = 64
 
 
-def points(folder):
-    """{method: [(steps, seconds, mean, standard deviation)]}, a point per schedule."""
-    result = {method: [] for method in STYLES}
-    for schedule in sorted(Path(folder).glob("[0-9]*x*"), key=lambda path: [*map(int, path.name.split("x"))]):
-        images, epochs = map(int, schedule.name.split("x"))
-        for method, runs in read(schedule, "referee").items():
-            if method in STYLES:
-                accuracy = [100 * run["accuracy"]["worst"] for run in runs.values()]
-                logs = [(schedule / f"{method}-s{seed}.log.jsonl").read_text().splitlines() for seed in runs]
-                seconds = mean(sum(json.loads(row)["seconds"] for row in log) for log in logs)
-                result[method].append((epochs * (images // BATCH), seconds, mean(accuracy),
-                                       stdev(accuracy) if len(accuracy) > 1 else 0.0))
-    return result
-
-
 def budget(figure, folder):
-    """Robust accuracy under the referee, by training steps and by seconds."""
-    for ax, column, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("training steps", "seconds, one thread")):
-        for method, found in points(folder).items():
-            ax.errorbar([each[column] for each in found], [each[2] for each in found], [each[3] for each in found],
-                        fmt=STYLES[method], label=method, capsize=3)
-        ax.set(xscale="log", xlabel=label)
-    figure.axes[0].set(ylabel="left by the referee, in %")
-    figure.axes[0].legend()
+    """What the referee leaves of each method by training steps and by seconds, and the learned method's lead by steps."""
+    by_steps, by_seconds, lead = figure.subplots(1, 3)
+    for name, (by_hand, learned, color, marker) in PAIRS.items():
+        points = {by_hand: [], learned: []}  # (steps, seconds, {seed: accuracy}) of each schedule
+        for schedule in sorted(Path(folder).glob("[0-9]*x*"), key=lambda path: [*map(int, path.name.split("x"))]):
+            images, epochs = map(int, schedule.name.split("x"))
+            for method, runs in read(schedule, "referee").items():
+                if method in points:
+                    logs = [(schedule / f"{method}-s{seed}.log.jsonl").read_text().splitlines() for seed in runs]
+                    seconds = mean(sum(json.loads(row)["seconds"] for row in log) for log in logs)
+                    left = {seed: 100 * run["accuracy"]["worst"] for seed, run in runs.items()}
+                    points[method].append((epochs * (images // BATCH), seconds, left))
+        for method, line in (by_hand, "--"), (learned, "-"):
+            steps, seconds, left = zip(*points[method])
+            for ax, x in (by_steps, steps), (by_seconds, seconds):
+                whiskers(ax, x, [each.values() for each in left], color + line + marker, method)
+        pairs = [(ours[0], [ours[2][seed] - theirs[2][seed] for seed in ours[2].keys() & theirs[2].keys()])
+                 for theirs in points[by_hand] for ours in points[learned] if ours[0] == theirs[0]]
+        whiskers(lead, *zip(*pairs), color + "-" + marker, f"{learned} over {by_hand}")
+    lead.axhline(0, color="k", linewidth=1)
+    for ax, label in (by_steps, "training steps"), (by_seconds, "seconds, one thread"), (lead, "training steps"):
+        ax.set(xscale="log", xlabel=label, xticks=[125, 250, 500, 1000, 2000])
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.minorticks_off()
+        ax.legend()
+    by_steps.set(ylabel="left by the referee, in %")
+    lead.set(ylabel="lead, in points")
+
+
+def whiskers(ax, x, values, style, label):
+    """Mean ± standard deviation of each of the `values`."""
+    values = [[*each] for each in values]
+    ax.errorbar(x, [*map(mean, values)], [stdev(each) if len(each) > 1 else 0 for each in values], fmt=style,
+                label=label, capsize=3)
 
 
 def epochs(figure, path):
@@ -64,6 +75,6 @@ def epochs(figure, path):
 
 if __name__ == "__main__":
     kind, source, target = sys.argv[1:]
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     {"budget": budget, "epochs": epochs}[kind](figure, source)
     figure.savefig(target, dpi=110)
