@@ -18,7 +18,7 @@ BATCH = 64
 
 
 def budget(figure, folder):
-    """What the referee leaves of each method by training steps and by seconds, and the learned method's lead by steps."""
+    """What the referee leaves, by training steps and by seconds; and the leads of the learned methods, by steps."""
     by_steps, by_seconds, lead = figure.subplots(1, 3)
     for name, (by_hand, learned, color, marker) in PAIRS.items():
         points = {by_hand: [], learned: []}  # (steps, seconds, {seed: accuracy}) of each schedule
