@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 COLUMNS = ("natural", "pgd-10", "pgd-100", "cw-100", "apgd-ce", "apgd-t3", "apgd-t", "fab-t",
-           "square", "learned-10", "sharp-10", "worst")
+           "square", "learned-10", "sharp-10", "square-8th", "worst")
 ORDER = ("plain", "advtrain", "advtrain-quarter", "advtrain-decay", "advtrain-bls", "rnn-adv-rnn", "rnn-adv",
          "trades", "trades-decay", "rnn-trades")
 LEADS = (("rnn-adv", "advtrain"), ("rnn-adv", "advtrain-quarter"), ("rnn-adv", "advtrain-decay"),
