@@ -1226,3 +1226,13 @@ def test_an_analysis_climbs_where_the_attack_of_so_many_steps_does(objective):
             torch.testing.assert_close(losses[t], objective.inner_loss(logits, objective.target(model, x, y)), msg=name)
             assert right[t].tolist() == (logits.argmax(1) == y).tolist()
         assert len(losses) == len(right) == 4
+
+
+def test_the_referee_s_square_meets_the_eighth_of_the_images_that_is_least_sure():
+    from results.sanity import least_sure
+    model, x, y = problem(batch=20)
+    attacked = seeded(3, pgd, model, x, y, eps=0.1, step_size=0.1, steps=20, decay=True)
+    margins, expected = Margin().inner_loss(model(attacked), y).tolist(), x.clone()
+    for i in sorted(range(20), key=margins.__getitem__)[-3:]:
+        expected[i] = 1 - x[i]
+    assert torch.equal(least_sure(lambda model, x, y: 1 - x, eps=0.1, seed=3)(model, x, y), expected)
