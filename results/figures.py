@@ -13,30 +13,37 @@ from matplotlib.figure import Figure
 from analyse import BY_HAND
 from table import read
 
-PAIRS = {"AdvTrain": ("advtrain-decay", "rnn-adv", "C0", "o"), "TRADES": ("trades-decay", "rnn-trades", "C1", "s")}
+PAIRS = ("advtrain-decay", "rnn-adv", "C0", "o"), ("trades-decay", "rnn-trades", "C1", "s")
 BATCH = 64
+
+
+def points(folder):
+    """{method: {training steps: (seconds, {seed: accuracy in %})}}, a point per schedule."""
+    result = {}
+    for schedule in sorted(Path(folder).glob("[0-9]*x*"), key=lambda path: [*map(int, path.name.split("x"))]):
+        images, epochs = map(int, schedule.name.split("x"))
+        for method, runs in read(schedule, "referee").items():
+            logs = [(schedule / f"{method}-s{seed}.log.jsonl").read_text().splitlines() for seed in runs]
+            seconds = mean(sum(json.loads(row)["seconds"] for row in log) for log in logs)
+            left = {seed: 100 * run["accuracy"]["worst"] for seed, run in runs.items()}
+            result.setdefault(method, {})[epochs * (images // BATCH)] = seconds, left
+    return result
 
 
 def budget(figure, folder):
     """What the referee leaves, by training steps and by seconds; and the leads of the learned methods, by steps."""
     by_steps, by_seconds, lead = figure.subplots(1, 3)
-    for name, (by_hand, learned, color, marker) in PAIRS.items():
-        points = {by_hand: [], learned: []}  # (steps, seconds, {seed: accuracy}) of each schedule
-        for schedule in sorted(Path(folder).glob("[0-9]*x*"), key=lambda path: [*map(int, path.name.split("x"))]):
-            images, epochs = map(int, schedule.name.split("x"))
-            for method, runs in read(schedule, "referee").items():
-                if method in points:
-                    logs = [(schedule / f"{method}-s{seed}.log.jsonl").read_text().splitlines() for seed in runs]
-                    seconds = mean(sum(json.loads(row)["seconds"] for row in log) for log in logs)
-                    left = {seed: 100 * run["accuracy"]["worst"] for seed, run in runs.items()}
-                    points[method].append((epochs * (images // BATCH), seconds, left))
+    found = points(folder)
+    for by_hand, learned, color, marker in PAIRS:
         for method, line in (by_hand, "--"), (learned, "-"):
-            steps, seconds, left = zip(*points[method])
-            for ax, x in (by_steps, steps), (by_seconds, seconds):
-                whiskers(ax, x, [each.values() for each in left], color + line + marker, method)
-        pairs = [(ours[0], [ours[2][seed] - theirs[2][seed] for seed in ours[2].keys() & theirs[2].keys()])
-                 for theirs in points[by_hand] for ours in points[learned] if ours[0] == theirs[0]]
-        whiskers(lead, *zip(*pairs), color + "-" + marker, f"{learned} over {by_hand}")
+            seconds, left = zip(*found[method].values())
+            for ax, x in (by_steps, found[method]), (by_seconds, seconds):
+                whiskers(ax, x, [[*each.values()] for each in left], color + line + marker, method)
+        gains = {}  # {training steps: [points, a number per seed that both have]}
+        for steps in sorted(found[learned].keys() & found[by_hand].keys()):
+            (_, ours), (_, theirs) = found[learned][steps], found[by_hand][steps]
+            gains[steps] = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+        whiskers(lead, gains, gains.values(), color + "-" + marker, f"{learned} over {by_hand}")
     lead.axhline(0, color="k", linewidth=1)
     for ax, label in (by_steps, "training steps"), (by_seconds, "seconds, one thread"), (lead, "training steps"):
         ax.set(xscale="log", xlabel=label, xticks=[125, 250, 500, 1000, 2000])
@@ -49,8 +56,7 @@ def budget(figure, folder):
 
 def whiskers(ax, x, values, style, label):
     """Mean ± standard deviation of each of the `values`."""
-    values = [[*each] for each in values]
-    ax.errorbar(x, [*map(mean, values)], [stdev(each) if len(each) > 1 else 0 for each in values], fmt=style,
+    ax.errorbar([*x], [*map(mean, values)], [stdev(each) if len(each) > 1 else 0 for each in values], fmt=style,
                 label=label, capsize=3)
 
 
