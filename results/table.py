@@ -10,12 +10,11 @@ from statistics import mean, stdev
 
 COLUMNS = ("natural", "pgd-10", "pgd-100", "cw-100", "apgd-ce", "apgd-t3", "apgd-t", "fab-t",
            "square", "learned-10", "sharp-10", "square-8th", "worst")
-ORDER = ("plain", "advtrain", "advtrain-quarter", "advtrain-decay", "advtrain-bls", "rnn-adv-rnn", "rnn-adv",
-         "trades", "trades-decay", "rnn-trades")
-LEADS = (("rnn-adv", "advtrain"), ("rnn-adv", "advtrain-quarter"), ("rnn-adv", "advtrain-decay"),
-         ("advtrain-decay", "advtrain"), ("advtrain-bls", "advtrain"), ("advtrain", "advtrain-quarter"),
-         ("rnn-adv-rnn", "advtrain"), ("rnn-trades", "trades"), ("rnn-trades", "trades-decay"),
-         ("trades-decay", "trades"))
+ORDER = ("plain", "advtrain", "advtrain-decay", "advtrain-bls", "rnn-adv-rnn", "rnn-adv", "trades", "trades-decay",
+         "rnn-trades")
+LEADS = (("rnn-adv", "advtrain"), ("rnn-adv", "advtrain-decay"), ("advtrain-decay", "advtrain"),
+         ("rnn-adv", "advtrain-bls"), ("advtrain-bls", "advtrain"), ("rnn-adv-rnn", "advtrain-decay"),
+         ("rnn-trades", "trades"), ("rnn-trades", "trades-decay"), ("trades-decay", "trades"))
 
 
 def read(folder, what):
