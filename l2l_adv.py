@@ -147,8 +147,9 @@ def phi_gradient(optimizer, opt_phi, trace, g_T, eps):
     The g_t are data to the optimizer (second derivatives are dropped), so by the chain rule
         ∂/∂φ Σ_t w_t L(f(x'_t), y)  =  Σ_t w_t ⟨∇_x' L(f(x'_t), y), ∂x'_t/∂φ⟩  =  ∂/∂φ Σ_t w_t ⟨g_t, x'_t⟩.
     Every g_t on the right is there already: the attack needed g_0 … g_{T−1}, θ's update computes g_T. So φ's gradient
-    costs no pass through the classifier; only the cell is unrolled once more, at gain 1. ⟨·,·⟩ is a sum over
-    coordinates, so the drawn ones give an unbiased estimate of it. g_T: (B, C, H, W).
+    costs no pass through the classifier; only the cell is unrolled once more, at gain 1. After a sharper attack the g_t
+    are those of its points, not of this unroll's: an approximation. ⟨·,·⟩ is a sum over coordinates, so the drawn ones
+    give an unbiased estimate of it. g_T: (B, C, H, W).
     """
     opt_phi.zero_grad()
     x_adv, state, total = trace.x_0, None, 0.0  # (K,)
