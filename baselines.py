@@ -168,8 +168,8 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
 
     x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. Returns x' like x, within eps of
     it. line_search: find each step by backtracking instead, from step_size down. (The paper's evidence that PGD with
-    one fixed step is not the best maximiser.) momentum: follow the sum of all gradients so far, each over its L1 norm
-    (MI-FGSM)  [5]; not both. decay: step t has size step_size·(1 − t/steps), t = 0, 1, … Raises InputError.
+    one fixed step is not the best maximiser.) momentum, not with line_search: follow the sum of all gradients so far,
+    each over its L1 norm (MI-FGSM)  [5]. decay: step t has size step_size·(1 − t/steps), t = 0, 1, … Raises InputError.
     """
     check(x, y, eps, steps, step_size)
     if line_search and momentum:  # the slope that a line search measures is that of g, not of the sum
@@ -489,7 +489,7 @@ def as_input_error(path):
     try:
         yield path
     except Exception as error:
-        raise InputError(f"cannot read {path}: it is missing or damaged ({one_line(error)})") from None
+        raise InputError(f"cannot use {path}: it is missing, damaged or does not fit ({one_line(error)})") from None
 
 
 def one_line(error):

@@ -1,4 +1,4 @@
-"""Improved Adversarial Training via Learned Optimizer (Xiong & Hsieh, ECCV 2020, arXiv 2004.12227), in one file.
+"""Improved Adversarial Training via Learned Optimizer (Xiong & Hsieh, ECCV 2020, arXiv 2004.12227).
 
 Adversarial training solves min_θ E max_x' L(f_θ(x'), y) over ‖x' − x‖∞ ≤ eps. PGD climbs the inner problem with
 hand-made steps. Here a small recurrent network m_φ, the same for every pixel, learns to climb it while f_θ trains:
@@ -8,13 +8,13 @@ hand-made steps. Here a small recurrent network m_φ, the same for every pixel, 
       for t = 0 … T−1:
         g_t = ∇_x' L(f_θ(x'_t), y)                                                   baselines.input_gradient
         δ_t, h_{t+1} = m_φ(g_t, h_t), δ_t in (−1, 1)                                 scaled, LearnedOptimizer.forward
-        x'_{t+1} = Π(x'_t + eps·(1 − t/T)·δ_t)                                       baselines.project
+        x'_{t+1} = Π(x'_t + eps·(1 − t/T)·δ_t), where 1 − t/T is ours                baselines.project
       φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t                              phi_gradient
-      θ descends L(f_θ(x'_T), y)                                                     theta_gradient
+      θ descends L(f_θ(x'_T), y), where x'_T is of a sharp attack (ours: SHARP)      theta_gradient
 
 RNN-Adv takes cross-entropy for L. RNN-TRADES takes KL(f(x) ‖ f(x')) inside and CE(f(x), y) + β·KL outside (see
-baselines.AdvTrain and baselines.Trades). Sections 1 to 3 are the paper, 4 is the training loop with its checkpoints,
-5 the command line:
+baselines.AdvTrain and baselines.Trades). Sections 1 to 3 are the method, 4 is the training loop with its
+checkpoints, 5 the command line:
 
     python l2l_adv.py train --method rnn-adv --dataset synthetic --out runs/rnn-adv
     python l2l_adv.py eval runs/*
@@ -94,9 +94,9 @@ def scaled(g):
     return (g / mean).flatten()
 
 
-# ---- 2. The learned inner maximiser, and the gradient of φ for free -------------------------------------------------
+# ---- 2. The learned inner maximiser, and φ's gradient without a pass through the classifier --------------------------
 
-SHARP = 10.0  # gain of the attack that θ trains on, and of sharp-N. φ learns at gain 1: whole steps have no gradient
+SHARP = 10.0  # gain of the attack that θ trains on, and of sharp-N; φ learns at 1, as a saturated tanh has no gradient
 
 
 class Trace(NamedTuple):
@@ -197,7 +197,7 @@ def train_step_pgd(model, opt_theta, x, y, *, objective=AdvTrain(), start="unifo
 
 def train_step_learned(model, optimizer, opt_theta, opt_phi, x, y, *, eps, steps, objective=AdvTrain(), start="uniform",
                        gain=SHARP, share=1 / 16):
-    """The learned optimizer finds x'; from the same attack φ ascends and θ descends: RNN-Adv or RNN-TRADES.
+    """The learned optimizer finds x', θ descends on it, φ ascends by the gradients on the way: RNN-Adv or RNN-TRADES.
 
     opt_theta, opt_phi: the torch optimizers of the weights of `model` and of `optimizer`. x: (B, C, H, W) in [0, 1]; y:
     (B,); eps in [0, 1] pixel scale; start: "gaussian" is near x, as in the paper, but may make a less robust classifier
@@ -226,18 +226,18 @@ def last_gradient(model, x, x_adv, y, objective):
         return input_gradient(model, x_adv, objective, objective.target(model, x, y))
 
 
-def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), optimizer=None, lr=0.01):
+def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), optimizer=None, lr=0.01, share=1.0):
     """Train φ alone, against a classifier that stays as it is: a learned attack on any model.
 
     batches: an iterable of x (B, C, H, W) in [0, 1], y (B,), such as a DataLoader: one update of φ each. optimizer:
-    the LearnedOptimizer to go on with; default a new one. lr: Adam's. Returns it, in eval mode. Raises InputError,
-    NotFinite.
+    the LearnedOptimizer to go on with; default a new one. lr: Adam's. share: of the coordinates, those that φ learns
+    from; each takes 4 kB at steps=10. Returns the optimizer, in eval mode. Raises InputError, NotFinite.
     """
     optimizer = optimizer or LearnedOptimizer()
     opt_phi = torch.optim.Adam(optimizer.parameters(), lr)
     for x, y in batches:
         check(x, y, eps, steps)
-        x_adv, trace = ascend(model, optimizer.to(x.device), x, y, eps, steps, objective, "gaussian", share=1.0)
+        x_adv, trace = ascend(model, optimizer.to(x.device), x, y, eps, steps, objective, "gaussian", share=share)
         g_T, losses = last_gradient(model, x, x_adv, y, objective)
         phi_gradient(optimizer, opt_phi, trace, g_T, eps)
         update(losses.mean(), opt_phi)  # the losses only have to be finite
@@ -248,7 +248,7 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
 
 # ---- 4. The training loop -------------------------------------------------------------------------------------------
 
-METHODS = {  # an objective, and who maximises its inner loss: the paper's grid
+METHODS = {  # an objective, and who maximises its inner loss: the paper's grid; shrinking steps are ours
     "plain": (AdvTrain, None), "advtrain": (AdvTrain, "pgd"), "advtrain-decay": (AdvTrain, "shrinking steps"),
     "advtrain-bls": (AdvTrain, "line search"), "trades": (Trades, "pgd"), "trades-decay": (Trades, "shrinking steps"),
     "rnn-adv": (AdvTrain, "learned"), "rnn-trades": (Trades, "learned")}
@@ -291,7 +291,7 @@ class Settings:
     """Everything that decides a run; `train --help` lists the same, and checks numbers. What is None here is set by
     DEFAULTS, or by the device. Raises InputError for a name that it does not know."""
     out: str = setting(None, "folder of the run, made by it: last.pt, best.pt, log.jsonl; later eval.json")
-    method: str = setting("rnn-adv", "who plays against whom", choices=METHODS)
+    method: str = setting("rnn-adv", "the objective, and who maximises its inner loss", choices=METHODS)
     dataset: str = setting("synthetic", "what is classified", choices=DATASETS)
     model: str = setting(None, "the classifier; default small, mnist cnn4, cifar10 vgg16", choices=MODELS)
     data_dir: str = setting(None, "where the data lies; default $MNIST_DIR or $CIFAR10_DIR, else data/")
@@ -311,7 +311,7 @@ class Settings:
     batch_size: int = setting(None, "images per step; default 64 for small and cnn4, else 128", COUNT)
     lr: float = setting(None, "peak learning rate of the classifier (SGD, one-cycle); by model and data", POSITIVE)
     precision: str = setting(None, "in training; default bf16 on CUDA, else fp32", choices=("fp32", "bf16"))
-    compile: str = setting("no", "torch.compile both players", choices=("no", "yes"))
+    compile: str = setting("no", "torch.compile classifier and learned optimizer", choices=("no", "yes"))
     seed: int = setting(0, "of everything random", SEED)
     device: str = setting("auto", "auto (cuda where there is one), cpu, cuda, cuda:1")
 
@@ -333,7 +333,7 @@ class Settings:
 
 
 def make_objective(settings):
-    """What settings.method plays for; TRADES and its kind with their beta."""
+    """The objective of settings.method; TRADES and its kind with their beta."""
     objective = METHODS[settings.method][0]
     return objective(settings.beta) if issubclass(objective, Trades) else objective()
 
@@ -625,7 +625,7 @@ def train_command(args):
 
 def pick_device(name):
     """The torch device called `name`; "auto" is CUDA where there is one; under torchrun each process has its own card.
-    Turns TF32 off: fp32 means fp32, above all in evaluation."""
+    Turns TF32 off where torch has it on, in convolutions: fp32 means fp32, above all in evaluation."""
     torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,8 +5,8 @@
 #     bash run_cifar.sh --synthetic    the embedded data set: nothing is downloaded
 #
 # Settings are environment variables, as in  EPOCHS=3 MODEL=vgg16 bash run_cifar.sh
-#     METHODS      default "plain advtrain trades rnn-adv rnn-trades"; there is also advtrain-bls
-#     MODEL        small, vgg16, resnet18, wrn34       default vgg16 with CUDA, else small
+#     METHODS      default "plain advtrain trades rnn-adv rnn-trades"; more: in the README
+#     MODEL        as in the README                    default vgg16 with CUDA, else small
 #     STEPS        T, steps of the attack in training  default 10 with CUDA, as in the paper, else 5
 #     EPOCHS       passes over the training images     default 30 with CUDA, else 3
 #     LIMIT        training images at most             default 38000 for CIFAR-10 without CUDA, else all

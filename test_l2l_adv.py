@@ -1016,7 +1016,7 @@ def test_attacks_and_training_steps_refuse_bad_input(change, words):
     (lambda: LearnedOptimizer(hidden_size=0), "hidden size"),
     (lambda: load_dataset("cifar100"), "unknown data set"), (lambda: Settings(out=""), "--out"),
     (lambda: Settings(out="none", method="fgsm"), "unknown method"), (lambda: hold_out(Dataset(X, Y, X, Y)), "uint8"),
-    (lambda: load_classifier("nowhere.pt"), "missing or damaged")])
+    (lambda: load_classifier("nowhere.pt"), "missing, damaged or")])
 def test_python_calls_refuse_bad_input(wrong, words):
     with pytest.raises(InputError, match=words):
         wrong()
