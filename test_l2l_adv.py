@@ -692,7 +692,9 @@ def test_train_optimizer_follows_autograd_through_a_frozen_classifier(objective)
     assert got is optimizer and not got.training and torch.allclose(weights_of(got), expected, atol=1e-8)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert model.training and all(p.grad is None for p in model.parameters())
-    assert isinstance(train_optimizer(model.float(), [(x.float(), y)], eps=0.1), LearnedOptimizer)
+    fresh, seen, x = train_optimizer(model.float(), [(x.float(), y)], eps=0.1), [], x.float()
+    fresh.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    assert train_optimizer(model, [(x, y)], eps=0.1, steps=1, optimizer=fresh, share=0.25) and seen == [160, 40]
 
 
 # ---- l2l_adv 4: the training loop ------------------------------------------------------------------------------------
