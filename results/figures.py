@@ -6,7 +6,7 @@
 import json
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from matplotlib.figure import Figure
 
@@ -31,7 +31,7 @@ def points(folder):
 
 
 def budget(figure, folder):
-    """What the referee leaves, by training steps and by seconds; and the leads of the learned methods, by steps."""
+    """What the referee leaves, by training steps and by seconds; and the lead of each learned run over its twin."""
     by_steps, by_seconds, lead = figure.subplots(1, 3)
     found = points(folder)
     for by_hand, learned, color, marker in PAIRS:
@@ -43,7 +43,8 @@ def budget(figure, folder):
         for steps in sorted(found[learned].keys() & found[by_hand].keys()):
             (_, ours), (_, theirs) = found[learned][steps], found[by_hand][steps]
             gains[steps] = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-        whiskers(lead, gains, gains.values(), color + "-" + marker, f"{learned} over {by_hand}")
+            lead.plot([steps] * len(gains[steps]), gains[steps], color + marker, alpha=0.5)
+        lead.plot([*gains], [*map(median, gains.values())], color, label=f"{learned} over {by_hand}, median")
     lead.axhline(0, color="k", linewidth=1)
     for ax, label in (by_steps, "training steps"), (by_seconds, "seconds, one thread"), (lead, "training steps"):
         ax.set(xscale="log", xlabel=label, xticks=[125, 250, 500, 1000, 2000])
