@@ -94,7 +94,7 @@ def scaled(g):
     return (g / mean).flatten()
 
 
-# ---- 2. The learned inner maximiser, and φ's gradient without a pass through the classifier --------------------------
+# ---- 2. The learned inner maximiser, and φ's gradient without a pass through the classifier -------------------------
 
 SHARP = 10.0  # gain of the attack that θ trains on, and of sharp-N; φ learns at 1, as a saturated tanh has no gradient
 
@@ -231,7 +231,7 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
 
     batches: an iterable of x (B, C, H, W) in [0, 1], y (B,), such as a DataLoader: one update of φ each. optimizer:
     the LearnedOptimizer to go on with; default a new one. lr: Adam's. share: of the coordinates, those that φ learns
-    from; each takes 4 kB at steps=10. Returns the optimizer, in eval mode. Raises InputError, NotFinite.
+    from; memory grows with them. Returns the optimizer, in eval mode. Raises InputError, NotFinite.
     """
     optimizer = optimizer or LearnedOptimizer()
     opt_phi = torch.optim.Adam(optimizer.parameters(), lr)
