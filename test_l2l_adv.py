@@ -694,8 +694,8 @@ def test_train_optimizer_follows_autograd_through_a_frozen_classifier(objective)
     assert model.training and all(p.grad is None for p in model.parameters())
     fresh, seen, x = train_optimizer(model.float(), [(x.float(), y)], eps=0.1), [], x.float()
     fresh.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
-    train_optimizer(model, [(x, y)], eps=0.1, steps=1, optimizer=fresh, share=0.25)
-    assert isinstance(fresh, LearnedOptimizer) and seen == [160, 40]
+    same = train_optimizer(model, [(x, y)], eps=0.1, steps=1, optimizer=fresh, share=0.25)
+    assert same is fresh and isinstance(fresh, LearnedOptimizer) and seen == [160, 40]
 
 
 # ---- l2l_adv 4: the training loop ------------------------------------------------------------------------------------
