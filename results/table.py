@@ -44,7 +44,7 @@ def t_test(gains):
     """The paired t, and its two-sided p: Student's density with n degrees of freedom is cos(a)^(n−1)
     in the angle a, t = √n·tan(a)."""
     n, t = len(gains) - 1, mean(gains) / stdev(gains) * len(gains) ** 0.5
-    angles = [(i + 0.5) / 20000 * math.pi / 2 for i in range(20000)]
+    angles = [(i + 0.5) / 200000 * math.pi / 2 for i in range(200000)]
     tail = [math.cos(a) ** (n - 1) for a in angles if a > math.atan(abs(t) / n ** 0.5)]
     return t, sum(tail) / sum(math.cos(a) ** (n - 1) for a in angles)
 
