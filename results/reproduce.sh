@@ -6,8 +6,8 @@
 #                                        for mnist than cnn4; on a CPU MODEL=small EPOCHS=15
 #   MNIST_DIR=data/mnist bash results/reproduce.sh mnist rnn-adv-s0 advtrain-s0    some runs: METHOD-sSEED, or with the
 #                                        small cell METHOD-rnn-sSEED; one trained by hand needs its rnn- twin
-# Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, WHAT is measured (all
-# of "referee referee-last best last autoattack", the last at seed 0 alone), to rehearse TEST_LIMIT, TRAINER
+# Environment: JOBS at once (2), RUNS (runs/DATASET; numbers go to RUNS/numbers), EPOCHS, LIMIT, LR, WHAT is measured
+# (all of "referee referee-last best last autoattack", the last at seed 0 alone), to rehearse TEST_LIMIT, TRAINER
 # (l2l_adv.py; results/keep.py keeps every epoch's weights).
 # A rehearsal and every change of the code take RUNS of their own: what is there is not made again.
 set -euo pipefail
@@ -35,7 +35,7 @@ if [[ ${2-} == --run ]]; then  # xargs below calls this script for each run: fir
     esac
     [[ $3 == attack ]] || exec python3 "${TRAINER:-l2l_adv.py}" train --resume --out "$run" --method "$method" \
         --cell "$cell" --seed "$seed" --dataset "$dataset" --model "$model" ${EPOCHS:+--epochs "$EPOCHS"} \
-        ${LIMIT:+--limit "$LIMIT"}
+        ${LIMIT:+--limit "$LIMIT"} ${LR:+--lr "$LR"}
     cp "$run/log.jsonl" "$numbers.log.jsonl"
     for what in ${WHAT:-referee referee-last best last autoattack}; do
         checkpoint=best same=
