@@ -358,7 +358,7 @@ def test_mnist_is_read(tmp_path, monkeypatch, folder, pack):
 def test_cifar10_is_downloaded_whole_or_not_at_all_where_no_folder_was_named(tmp_path, monkeypatch, failure):
     parts, archive = write_cifar10(tmp_path / "cifar-10-batches-bin"), tmp_path / "c.tar.gz"
     shutil.make_archive(str(tmp_path / "c"), "gztar", tmp_path, "cifar-10-batches-bin")
-    sha256 = "0" if failure == "wrong SHA-256" else hashlib.sha256(archive.read_bytes()).hexdigest()
+    sha256 = "0" * 64 if failure == "wrong SHA-256" else hashlib.sha256(archive.read_bytes()).hexdigest()
     monkeypatch.setattr(baselines, "CIFAR10_SHA256", sha256)
     monkeypatch.setattr(baselines, "CIFAR10_URL", f"{archive.as_uri()}{'x' if failure == 'no such file' else ''}")
     monkeypatch.chdir(tmp_path)
