@@ -41,19 +41,18 @@ class InputError(ValueError):
 
 
 def project(x_adv, x, eps):
-    """Π of the paper: the point of the l∞ ball around x, and of [0, 1], that is nearest to x_adv."""
+    """Π of the paper: the nearest point of the l∞ ball around x and of [0, 1]."""
     return torch.clamp(x_adv, (x - eps).clamp(min=0), (x + eps).clamp(max=1))
 
 
 def random_start(x, eps, start):
-    """x'_0: "gaussian" is x + 0.001·N(0, I), as in the paper and in [2]; "uniform" is anywhere in
-    the ball, as in [1]."""
+    """x'_0: "gaussian" is x + 0.001·N(0, I), as in the paper; "uniform" is anywhere in the ball."""
+    if start not in ("gaussian", "uniform"):
+        raise InputError(f"start must be 'gaussian' or 'uniform', not {start!r}")
     if start == "gaussian":
         noise = 0.001 * torch.randn_like(x)
-    elif start == "uniform":
-        noise = eps * (2 * torch.rand_like(x) - 1)
     else:
-        raise InputError(f"start must be 'gaussian' or 'uniform', not {start!r}")
+        noise = eps * (2 * torch.rand_like(x) - 1)
     return project(x + noise, x, eps)
 
 
@@ -62,17 +61,17 @@ def check_batch(x, y, eps=0.5, steps=1, step_size=0.5):
 
     Returns x, clipped to [0, 1], and y, both as new tensors. Raises InputError.
     """
+    x_is, y_is = (f"{type(each).__name__} {getattr(each, 'dtype', '')} "
+                  f"{tuple(getattr(each, 'shape', ()))}" for each in (x, y))
     if not torch.is_tensor(x) or x.dim() != 4 or not x.is_floating_point() or not len(x):
-        got = f"{getattr(x, 'dtype', type(x))} {tuple(getattr(x, 'shape', ()))}"
-        raise InputError(f"images must be a float tensor (B, C, H, W), not {got}")
+        raise InputError(f"images must be a float tensor (B, C, H, W), not {x_is}")
     if not (x.min() >= -SLACK and x.max() <= 1 + SLACK):  # NaN is refused too
         raise InputError(f"images must lie in [0, 1] but range from {x.min():.3g} to {x.max():.3g}:"
                          " divide by 255, and normalize inside the model")
     if not torch.is_tensor(y) or y.shape != x.shape[:1] or y.dtype != torch.int64 or y.min() < 0:
-        got = f"{getattr(y, 'dtype', type(y))} {tuple(getattr(y, 'shape', ()))}"
-        raise InputError(f"labels must be {len(x)} class numbers, int64, one per image, not {got}")
-    if not (isinstance(eps, Real) and 0 < eps < 1):
-        raise InputError(f"eps must lie between 0 and 1, as in eps=8/255, not {eps!r}")
+        raise InputError(f"labels must be {len(x)} class numbers, int64, one per image, not {y_is}")
+    if not (isinstance(eps, Real) and 0 < eps <= 1):
+        raise InputError(f"eps must be above 0 and at most 1, as in eps=8/255, not {eps!r}")
     if not (isinstance(steps, Integral) and steps >= 1):
         raise InputError(f"steps must be a positive whole number, not {steps!r}")
     if not (isinstance(step_size, Real) and 0 < step_size <= 1):
@@ -102,7 +101,7 @@ class AdvTrain:
 
 
 class Trades(AdvTrain):
-    """min_θ CE(f(x), y) + β·max_x' KL(f(x) ‖ f(x'))  [2]. The inner loss ignores the labels."""
+    """min_θ CE(f(x), y) + β·max_x' KL(f(x) ‖ f(x'))  [2]. The inner loss needs no labels."""
 
     def __init__(self, beta=6.0):
         if not (isinstance(beta, Real) and 0 < beta < math.inf):
@@ -121,7 +120,7 @@ class Trades(AdvTrain):
 
     def outer_loss(self, model, x, x_adv, y):
         """The mean loss over the batch. Here the gradient flows through f(x) as well."""
-        # One pass for x and x', so that batch norm trains on the mixture it will meet.
+        # One pass for both, so that batch norm uses and learns the same statistics for x and x'.
         logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2)  # (B, classes) each
         robust = self.inner_loss(logits_adv, F.log_softmax(logits, dim=1)).mean()
         return F.cross_entropy(logits, y) + self.beta * robust
@@ -151,7 +150,7 @@ def eval_mode(model):
 
 
 def input_gradient(model, x_adv, objective, target):
-    """Return g_t = ∇_x' of the inner loss of each image, (B, C, H, W), and the losses, (B,).
+    """g_t = ∇_x' of the inner loss of each image, (B, C, H, W), and the losses, (B,).
 
     autograd.grad leaves no gradient on the weights, unlike backward().
     """
@@ -168,10 +167,9 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
         decay=False, line_search=False):
     """Projected gradient ascent on the inner loss, x' ← Π(x' + step_size·sign(g))  [1].
 
-    x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps and step_size in [0, 1] pixel scale. With
-    decay=True, step t has size step_size·(1 − t/steps). With line_search=True, each image tries
-    step_size first and halves it until the loss grows enough. Returns x', shaped like x.
-    Raises InputError.
+    x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. decay: step t
+    has size step_size·(1 − t/steps). line_search: step_size is the first size that each image
+    tries. Returns x', shaped like x. Raises InputError.
     """
     x, y = check_batch(x, y, eps, steps, step_size)
     with eval_mode(model):
@@ -181,9 +179,7 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
             g, loss = input_gradient(model, x_adv, objective, target)
             # torch.sign turns NaN into 0. PGD would stand still, and the model would look robust.
             direction = torch.where(g.isnan(), g, g.sign())
-            step = step_size
-            if decay:
-                step = step_size * (1 - t / steps)
+            step = step_size * (1 - t / steps) if decay else step_size
             if line_search:
                 step = backtrack(model, x_adv, x, g, direction, loss, objective, target, eps, step)
             x_adv = project(x_adv + step * direction, x, eps)
@@ -191,11 +187,10 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
 
 
 def backtrack(model, x_adv, x, g, direction, loss, objective, target, eps, step_size):
-    """Backtracking line search: return a step size for each image, (B, 1, 1, 1).
+    """The step size of each image, (B, 1, 1, 1), by a backtracking line search.
 
-    A step of size s must gain a tenth of what the linear model ⟨g, Δ⟩ promises (Armijo's
-    condition). Candidates are s = step_size, then a half, a quarter and an eighth of it. The
-    eighth is taken without a test.
+    It is halved until the loss gains a tenth of what its linear model ⟨g, Δ⟩ promises (Armijo's
+    condition), but three times at most.
     """
     step = torch.full_like(loss, step_size)[:, None, None, None]  # (B, 1, 1, 1)
     for _ in range(3):
@@ -243,8 +238,8 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
 
 
 def check_attack(name, x_adv, x, eps):
-    """Raise InputError unless an attack returned images in [0, 1], and in the ball if eps is given.
-    NaN is refused too: it would pass for a perfect attack."""
+    """Raise InputError unless x_adv is images in [0, 1], and within eps of x if eps is given. NaN
+    is refused too: it would pass for a perfect attack."""
     if x_adv.shape != x.shape or not (x_adv.min() >= -SLACK and x_adv.max() <= 1 + SLACK):
         raise InputError(f"the attack {name!r} did not return images in [0, 1]")
     if eps is not None and (x_adv - x).abs().max() > eps + SLACK:
@@ -259,7 +254,7 @@ def progress(items, label):
         if shown:
             bar = "#" * (20 * done // len(items))
             left = (time.time() - start) / max(done, 1) * (len(items) - done)
-            line = f"\r{label} [{bar:20}] {done}/{len(items)}, {left:.0f} s left\033[K"
+            line = f"\r{label} [{bar:20}] {left:.0f} s left\033[K"
             print(line, end="", file=sys.stderr, flush=True)
         yield item
     if shown:
@@ -269,10 +264,7 @@ def progress(items, label):
 # ---- 5. Classifiers: images in [0, 1], (B, C, H, W) → logits (B, classes) ------------------------
 
 class Classifier(nn.Module):
-    """Layers behind their own normalization, so that eps means the same for every model.
-
-    The buffers `mean` and `std` are saved with the weights.
-    """
+    """Layers behind their own normalization, so that eps means the same for every model."""
 
     def __init__(self, in_channels, *layers):
         super().__init__()
@@ -282,20 +274,20 @@ class Classifier(nn.Module):
         self.to(memory_format=torch.channels_last)  # convolutions are faster in this layout
 
     def normalize_like(self, x):
-        """Set mean and std of each channel from uint8 images x, (N, C, H, W)."""
-        std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))  # (C,) each
-        self.mean.copy_(mean.view_as(self.mean))
-        self.std.copy_(std.clamp(min=1e-3).view_as(self.std))
+        """Take the mean and std of each channel from uint8 images x, (N, C, H, W)."""
+        std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3), keepdim=True)  # (1, C, 1, 1)
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp(min=1e-3))
 
     def forward(self, x):
         if x.dim() != 4 or x.shape[1] != self.mean.shape[1]:
-            expected = f"(B, {self.mean.shape[1]}, H, W)"
-            raise InputError(f"this model takes images {expected}, not {tuple(x.shape)}")
+            raise InputError(f"this model takes images (B, {self.mean.shape[1]}, H, W), not "
+                             f"{tuple(x.shape)}")
         return self.layers((x - self.mean) / self.std)
 
 
 def conv(in_channels, out_channels, kernel=3, stride=1):
-    """A convolution followed by batch norm, so it needs no bias. It keeps H and W if stride = 1."""
+    """A convolution before batch norm, so without a bias. It keeps H and W if the stride is 1."""
     return nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, bias=False)
 
 
@@ -331,8 +323,7 @@ class CNN4(Classifier):
         for weight in self.parameters():
             if weight.dim() > 1:
                 nn.init.kaiming_normal_(weight, nonlinearity="relu")
-        # Start with logits near 0. If they are large, the attack wins before training gets going.
-        self.layers[-1].weight.data.mul_(0.1)
+        self.layers[-1].weight.data.mul_(0.1)  # with large logits, training never gets started
 
 
 class VGG16(Classifier):
@@ -341,19 +332,20 @@ class VGG16(Classifier):
     def __init__(self, in_channels=3, num_classes=10):
         layers = []
         last = in_channels
-        for widths in ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)):
-            for width in widths:
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
+            if width == 0:
+                layers.append(nn.MaxPool2d(2))
+            else:
                 layers += [conv(last, width), *bn_relu(width)]
                 last = width
-            layers.append(nn.MaxPool2d(2))
-        layers[-1] = nn.AdaptiveMaxPool2d(1)
-        super().__init__(in_channels, *layers, nn.Flatten(), nn.Linear(512, num_classes))
+        super().__init__(in_channels, *layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+                         nn.Linear(512, num_classes))
 
 
 class Residual(nn.Module):
     """body(x) + shortcut(x). An empty shortcut is the identity."""
 
-    def __init__(self, body, shortcut):
+    def __init__(self, body, shortcut=()):
         super().__init__()
         self.body = nn.Sequential(*body)
         self.shortcut = nn.Sequential(*shortcut)
@@ -370,8 +362,8 @@ class ResNet18(Classifier):
         last = 64
         for width in (64, 64, 128, 128, 256, 256, 512, 512):
             stride = width // last
-            body = [conv(last, width, 3, stride), *bn_relu(width)]
-            body += [conv(width, width), nn.BatchNorm2d(width)]
+            body = [conv(last, width, 3, stride), *bn_relu(width), conv(width, width),
+                    nn.BatchNorm2d(width)]
             shortcut = []
             if width != last:
                 shortcut = [conv(last, width, 1, stride), nn.BatchNorm2d(width)]
@@ -387,17 +379,14 @@ class WideResNet(Classifier):
     def __init__(self, in_channels=3, num_classes=10, depth=34, width=10):
         layers = [conv(in_channels, 16)]
         last = 16
-        for channels, first_stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
-            for block in range((depth - 4) // 6):
-                stride = first_stride if block == 0 else 1
-                body = [conv(last, channels, 3, stride), *bn_relu(channels)]
-                body.append(conv(channels, channels))
-                if last == channels:
-                    layers.append(Residual([*bn_relu(last), *body], []))
-                else:  # body and shortcut share the first batch norm and ReLU
-                    shortcut = [conv(last, channels, 1, stride)]
-                    layers += [*bn_relu(last), Residual(body, shortcut)]
-                last = channels
+        for channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+            # The first block of each group shares its batch norm and ReLU with the shortcut.
+            body = [conv(last, channels, 3, stride), *bn_relu(channels), conv(channels, channels)]
+            layers += [*bn_relu(last), Residual(body, [conv(last, channels, 1, stride)])]
+            for _ in range((depth - 4) // 6 - 1):
+                layers.append(Residual([*bn_relu(channels), conv(channels, channels),
+                                        *bn_relu(channels), conv(channels, channels)]))
+            last = channels
         super().__init__(in_channels, *layers, *bn_relu(last), nn.AdaptiveAvgPool2d(1),
                          nn.Flatten(), nn.Linear(last, num_classes))
 
@@ -456,7 +445,7 @@ def download_cifar10(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as part:
             archive = Path(part, "cifar-10-binary.tar.gz")
-            print("downloading CIFAR-10 (163 MB)")
+            print("downloading CIFAR-10 (163 MB)", flush=True)
             torch.hub.download_url_to_file(CIFAR10_URL, archive, CIFAR10_SHA256, progress=False)
             shutil.unpack_archive(archive, part)
             Path(part, folder.name).rename(folder)
@@ -504,13 +493,13 @@ def read_cifar10(folder, suffix):
         path = folder / f"{name}{suffix}"
         with reading(path):
             if suffix == ".bin":  # 1 label byte, then 1,024 red, green and blue bytes each
-                records = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 3073)
+                records = np.fromfile(path, np.uint8).reshape(-1, 3073)
                 x = records[:, 1:]
                 y = records[:, 0]
             else:
                 batch = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
                 x = np.asarray(batch.get("data", batch.get(b"data")), np.uint8)
-                y = np.asarray(batch.get("labels", batch.get(b"labels")), np.int64)
+                y = np.asarray(batch.get("labels", batch.get(b"labels")), np.uint8)
             images.append(x.reshape(len(y), 3, 32, 32))
             labels.append(y)
             if len(y) != len(labels[0]):
@@ -535,13 +524,13 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def to_dataset(folder, x_train, y_train, x_test, y_test):
-    """NumPy arrays → Dataset. Raises InputError unless every image has a label from 0 to 9."""
+    """Make a Dataset of uint8 arrays. Raises InputError if images or labels do not fit."""
     for x, y in ((x_train, y_train), (x_test, y_test)):
-        if len(x) != len(y) or len(y) == 0 or y.min() < 0 or y.max() > 9:
+        if len(x) != len(y) or len(y) == 0 or y.max() > 9:
             raise InputError(f"{folder} is damaged: {len(x)} images and {len(y)} labels, or a "
-                             "label outside 0 to 9")
-    arrays = (x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64))
-    return Dataset(*(torch.tensor(array) for array in arrays))
+                             "label above 9")
+    return Dataset(torch.tensor(x_train), torch.tensor(y_train).long(),
+                   torch.tensor(x_test), torch.tensor(y_test).long())
 
 
 def synthetic(n_train=4000, n_test=1000, size=16):
@@ -559,17 +548,15 @@ def synthetic(n_train=4000, n_test=1000, size=16):
     y = rng.integers(0, 10, n_train + n_test)
     shown = np.where(rng.random(len(y)) < 0.9, y, rng.integers(0, 10, len(y)))
     contrast = rng.uniform(0, 0.3, (len(y), 1, 1, 1))
-    x = 0.5 + contrast * coarse[shown] + 6 / 255 * fine[y]
-    x += 0.04 * rng.standard_normal((len(y), 3, size, size))
+    noise = 0.04 * rng.standard_normal((len(y), 3, size, size))
+    x = 0.5 + contrast * coarse[shown] + 6 / 255 * fine[y] + noise
     x = (x.clip(0, 1) * 255).round().astype(np.uint8)
     return to_dataset("synthetic", x[:n_train], y[:n_train], x[n_train:], y[n_train:])
 
 
 def hold_out(data, limit=None):
     """Split the training images: `limit` to train on, and a fifth as many, at most 1,000, held out.
-
-    The split is the same for every seed. Returns x, y to train on and x, y held out.
-    """
+    The split is the same for every seed. Returns x, y to train on, and x, y held out."""
     count = len(data.x_train)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     most = min(1000, count // 5)

@@ -4,31 +4,33 @@ Adversarial training solves min_θ E max_x' L(f_θ(x'), y) over ‖x' − x‖�
 problem with a step size chosen by hand. Here a small recurrent network m_φ, shared by all pixels,
 learns to climb it while the classifier f_θ trains:
 
-    for each mini-batch (x, y):                                 train
-      h_0 = 0,  x'_0 = x + 0.001·N(0, I)                        baselines.random_start
-      for t = 0 … T−1:                                          learned_attack
-        g_t = ∇_x' L(f_θ(x'_t), y)                              baselines.input_gradient
-        δ_t, h_{t+1} = m_φ(g_t, h_t)                            LearnedOptimizer, normalize_gradient
-        x'_{t+1} = Π(x'_t + δ_t), Π onto B(x, eps) ∩ [0, 1]     baselines.project
-      φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t         phi_gradient
-      θ descends L(f_θ(x'_T), y)                                train_step_learned
+    for each mini-batch (x, y):                                train
+      h_0 = 0,  x'_0 = x + 0.001·N(0, I)                       baselines.random_start
+      for t = 0 … T−1:                                         learned_attack
+        g_t = ∇_x' L(f_θ(x'_t), y)                             baselines.input_gradient
+        δ_t, h_{t+1} = m_φ(g_t, h_t)                           normalize_gradient, LearnedOptimizer
+        x'_{t+1} = Π(x'_t + δ_t)                               baselines.project
+      φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t        phi_gradient
+      θ descends L(f_θ(x'_T), y)                               descend
 
-RNN-Adv takes cross-entropy for L (baselines.AdvTrain). RNN-TRADES takes KL(f(x) ‖ f(x')) for φ, and
-CE(f(x), y) + β·KL for θ (baselines.Trades). We had the paper's abstract and algorithm, not its full
-text. This is what differs from it, or what it leaves open as far as we know, with the switch:
+RNN-Adv takes cross-entropy for L (baselines.AdvTrain). RNN-TRADES (baselines.Trades) takes
+KL(f(x) ‖ f(x')) in the attack and for φ, and CE(f(x), y) + β·KL for θ.
 
-    the cell            an LSTM with 450 weights; the paper's RNN has 120        --cell rnn
-    start in training   x + 0.001·N(0, I), as in the paper, for every method     --start uniform
+We know the paper's abstract and its algorithm, not its full text. This is what we do differently,
+or had to choose ourselves, and the switch where there is one:
+
+    the cell            an LSTM of 450 weights; the paper's RNN has 120       --cell rnn
+    start in training   the paper's, x + 0.001·N(0, I), for PGD as well       --start uniform
     input of m_φ        each image's g over its mean absolute value
     size of a step      eps·tanh(·), so no step is longer than eps
-    second derivatives  dropped: g_t is a constant for φ's gradient
-    φ's first weights   steps follow the sign of the gradient at first
-    φ's gradient        from a sixteenth of the images in the batch              --phi-share 1
-    g_T                 from θ's backward pass, at no cost
-    θ's gradient        its norm is clipped                                      --clip inf
-    learning rates      one cycle, up and down                                   --lr, --phi-lr
-    small classifiers   batches of 64, and eps grows during the first quarter    --eps-warmup 0
-    batch norm          TRADES passes x and x' through it together
+    second derivatives  dropped: g_t is a constant in φ's gradient
+    φ's first weights   such that the first steps follow the sign of g
+    φ's gradient        from a sixteenth of the images in the batch           --phi-share 1
+    g_T                 from θ's backward pass, where it costs nothing
+    θ's gradient        its norm is clipped                                   --clip inf
+    learning rates      one cycle, up and down                                --lr, --phi-lr
+    small classifiers   batches of 64; eps grows during the first quarter     --eps-warmup 0
+    batch norm          x and x' pass through it together in TRADES
 
 SPDX-License-Identifier: MIT
 """
@@ -56,15 +58,15 @@ from baselines import (DATASETS, MODELS, AdvTrain, InputError, Margin, Trades, a
 class LearnedOptimizer(nn.Module):
     """m_φ: one recurrent cell, shared by all pixels. Every pixel has a state of its own.
 
-    cell="lstm" has 450 weights at hidden size 10, cell="rnn" has the paper's 120. There are no
-    biases. W is [weight_ih | weight_hh] of nn.LSTMCell or nn.RNNCell. We write the cell out because
-    nn.LSTMCell makes a whole training step 1.4 to 1.6 times as long on a CPU (results/).
+    cell="lstm" has 450 weights at hidden size 10, cell="rnn" has the paper's 120, no biases. W is
+    [weight_ih | weight_hh] of nn.LSTMCell or nn.RNNCell. We write the cell out because nn.LSTMCell
+    makes a whole training step of a small classifier half as long again.
     """
 
     def __init__(self, hidden_size=10, cell="lstm"):
         super().__init__()
-        if cell not in ("lstm", "rnn") or hidden_size < 1:
-            raise InputError(f"no cell {cell!r} of size {hidden_size}: use lstm or rnn, size ≥ 1")
+        if cell not in ("lstm", "rnn"):
+            raise InputError(f"unknown cell {cell!r}: use lstm or rnn")
         self.cell = cell
         self.hidden_size = hidden_size
         gates = 4 if cell == "lstm" else 1
@@ -72,8 +74,8 @@ class LearnedOptimizer(nn.Module):
         self.W = nn.Parameter(torch.empty(gates * hidden_size, 1 + hidden_size))
         self.W_out = nn.Parameter(torch.empty(1, hidden_size))
         nn.init.uniform_(self.W, -bound, bound)
-        # With the weights from u to the candidate and from h to δ positive, the first steps follow
-        # the sign of the gradient. The gates of an LSTM let a quarter through, hence the factor.
+        # The weights from u to the candidate and from h to δ are positive, so that the first steps
+        # follow the sign of the gradient. The gates of an LSTM let through a quarter, hence the 5.
         nn.init.uniform_(self.W_out, 0, bound)
         if cell == "lstm":
             nn.init.uniform_(self.W[2 * hidden_size:3 * hidden_size, 0], 0, 5 * bound)
@@ -81,32 +83,30 @@ class LearnedOptimizer(nn.Module):
             nn.init.uniform_(self.W[:, 0], 0, bound)
 
     def forward(self, u, state=None):
-        """u: the normalized gradient of N pixels, (N,); state: the previous state, or None at the
-        first step. Returns δ in (−1, 1), (N,), and the next state."""
+        """u: the normalized gradient, (N,); state: the previous state, or None at the first step.
+        Returns δ in (−1, 1), (N,), and the next state."""
         if state is None:
-            zeros = u.new_zeros(self.hidden_size, len(u))
-            state = (zeros, zeros)
-        h, c = state  # (H, N) each
+            h = c = u.new_zeros(self.hidden_size, len(u))  # (H, N)
+        else:
+            h, c = state
         v = torch.cat([u[None], h])  # (1+H, N)
         if self.cell == "lstm":
             W_i, W_f, W_g, W_o = self.W.split(self.hidden_size)  # (H, 1+H) each
-            candidate = torch.sigmoid(W_i @ v) * tanh(W_g @ v)
-            c = torch.sigmoid(W_f @ v) * c + candidate
+            c = torch.sigmoid(W_f @ v) * c + torch.sigmoid(W_i @ v) * tanh(W_g @ v)
             h = torch.sigmoid(W_o @ v) * tanh(c)
         else:
             h = tanh(self.W @ v)
-        delta = tanh(self.W_out @ h)[0]  # (N,)
-        return delta, (h, c)
+        return tanh(self.W_out @ h)[0], (h, c)  # (N,)
 
 
 def tanh(z):
-    """tanh written with the sigmoid, which is faster than torch.tanh on most CPUs."""
+    """tanh by way of the sigmoid, which is faster than torch.tanh on most CPUs."""
     return 2 * torch.sigmoid(2 * z) - 1
 
 
 def normalize_gradient(g):
-    """Divide the gradient of each image, (B, C, H, W), by its mean absolute value, because it
-    shrinks by orders of magnitude as the classifier learns. Returns one vector of pixels, (N,)."""
+    """Divide each image's gradient by its mean absolute value: gradients shrink by orders of
+    magnitude as the classifier learns. g: (B, C, H, W). Returns one vector of pixels, (N,)."""
     mean = g.abs().mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     return (g / mean.clamp(min=torch.finfo(g.dtype).tiny)).flatten()  # (N,), N = B·C·H·W
 
@@ -117,10 +117,10 @@ def normalize_gradient(g):
 @torch.no_grad()
 def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(),
                    start="gaussian", trace=None):
-    """The learned optimizer as an attack, in place of pgd.
+    """Attack with the learned optimizer, in place of pgd.
 
-    x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps in [0, 1] pixel scale; steps: T. Returns x'_T,
-    shaped like x. trace: a list that receives x'_0, g_0, …, g_{T−1}. Raises InputError.
+    x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps in [0, 1] pixel scale; steps: T; trace: a list
+    that receives x'_0, g_0, …, g_{T−1}. Returns x'_T, shaped like x. Raises InputError.
     """
     if not isinstance(optimizer, nn.Module):
         raise InputError(f"the attack needs a LearnedOptimizer, not {type(optimizer).__name__}")
@@ -142,74 +142,77 @@ def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(
 
 def phi_gradient(optimizer, x, x_0, gradients, eps):
     """Backpropagate the meta-loss −Σ_t w_t L(f(x'_t), y) / Σ_t w_t, w_t = t, to the weights φ,
-    without a pass through the classifier. Returns the mean length of the steps, in units of eps.
+    without a pass through the classifier. Returns the mean length of a step, in units of eps.
 
-    Without second derivatives, g_t is a constant, and by the chain rule
+    We drop second derivatives, so g_t is a constant, and by the chain rule
         ∂/∂φ Σ_t w_t L(f(x'_t), y) = Σ_t w_t ⟨g_t, ∂x'_t/∂φ⟩ = ∂/∂φ Σ_t w_t ⟨g_t, x'_t⟩.
     The attack has computed g_0 … g_{T−1} already, and the update of θ computes g_T. All that is
-    left is to unroll the cell once more, this time with a graph. The result is exact, with one
-    exception: with batch norm, a g_T from θ's update is the gradient in training mode.
+    left is to unroll the cell once more, this time with a graph.
 
     x, x_0: (B, C, H, W); gradients: g_0 … g_T, (B, C, H, W) each; eps in [0, 1] pixel scale.
     """
     steps = len(gradients) - 1
     x_adv = x_0
     state = None
-    total = 0.0
-    length = 0.0
+    total = length = 0.0
     for t in range(steps):
         delta, state = optimizer(normalize_gradient(gradients[t]), state)
         x_adv = project(x_adv + eps * delta.view(x.shape), x, eps)  # x'_{t+1}, (B, C, H, W)
-        total = total + (t + 1) * (gradients[t + 1] * x_adv).sum()  # w_{t+1}·⟨g_{t+1}, x'_{t+1}⟩
+        total = total + (t + 1) * (gradients[t + 1] * x_adv).sum()  # w_{t+1} ⟨g_{t+1}, x'_{t+1}⟩
         length = length + delta.detach().abs().mean() / steps
-    sum_of_w = sum(range(1, steps + 1))
-    (-total / (len(x) * sum_of_w)).backward()
+    (-total / (len(x) * sum(range(1, steps + 1)))).backward()
     return length
 
 
 def last_gradient(model, x, x_adv, y, objective):
     """g_T, (B, C, H, W), from a pass of its own, and the inner losses, (B,)."""
     with eval_mode(model):
-        target = objective.target(model, x, y)
-        return input_gradient(model, x_adv, objective, target)
+        return input_gradient(model, x_adv, objective, objective.target(model, x, y))
 
 
 def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), optimizer=None,
                     lr=0.01):
-    """Train φ alone, against a classifier that does not change: a learned attack on any model.
+    """Train φ alone, with Adam, against a classifier that does not change.
 
-    batches: an iterable of x (B, C, H, W) in [0, 1] and y (B,), such as a DataLoader; each gives
-    one update. optimizer: one to go on with, or None for a new one; lr: the learning rate of Adam.
-    Returns the optimizer. Raises InputError and FloatingPointError.
+    batches: an iterable of x (B, C, H, W) in [0, 1] and y (B,), such as a DataLoader, one update
+    each. optimizer: the LearnedOptimizer to train further, or None for a new one. Returns it.
+    Raises InputError and FloatingPointError.
     """
     if optimizer is None:
         optimizer = LearnedOptimizer()
     opt_phi = torch.optim.Adam(optimizer.parameters(), lr)
     for x, y in batches:
-        optimizer.to(x.device)
         trace = []
-        x_adv = learned_attack(model, optimizer, x, y, eps=eps, steps=steps, objective=objective,
-                               trace=trace)
+        x_adv = learned_attack(model, optimizer.to(x.device), x, y, eps=eps, steps=steps,
+                               objective=objective, trace=trace)
         g_T, losses = last_gradient(model, x, x_adv, y, objective)
-        x_0, *gradients = trace
+        x_0, *gradients = *trace, g_T
         opt_phi.zero_grad()
-        phi_gradient(optimizer, x, x_0, [*gradients, g_T], eps)
-        update(losses.mean(), [(opt_phi, PHI_CLIP)])
+        phi_gradient(optimizer, x, x_0, gradients, eps)
+        update(losses.mean(), (opt_phi, PHI_CLIP))
     if not opt_phi.state:
-        raise InputError("train_optimizer got no batches: was the generator used before?")
+        raise InputError("train_optimizer got no batch: was the generator used before?")
     return optimizer.eval()
 
 
 # ---- 3. One training step ------------------------------------------------------------------------
 
-CLIP = 5.0  # the norm to which θ's gradient is clipped
-PHI_CLIP = 1.0
+CLIP = 5.0  # the largest norm of θ's gradient
+PHI_CLIP = 1.0  # the largest norm of φ's gradient
 
 
-def update(loss, players):
-    """Clip the gradients and step, for each (torch optimizer, maximal norm) in players.
+def descend(model, x, x_adv, y, objective, opt_theta):
+    """Compute θ's gradient: of the outer loss, in the model's own mode. Returns the loss."""
+    opt_theta.zero_grad()
+    loss = objective.outer_loss(model, x, x_adv, y)
+    loss.backward()
+    return loss.detach()
 
-    If the loss or a gradient is NaN or infinite, raise FloatingPointError and move no weight.
+
+def update(loss, *players):
+    """For each pair (torch optimizer, largest norm), clip the gradient and step.
+
+    If the loss or a gradient is NaN or infinite, no weight moves and FloatingPointError is raised.
     Returns the norms before clipping.
     """
     norms = []
@@ -218,7 +221,7 @@ def update(loss, players):
         norms.append(nn.utils.clip_grad_norm_(weights, clip))
     loss, *norms = torch.stack([loss, *norms]).tolist()
     if not all(map(math.isfinite, [loss, *norms])):
-        raise FloatingPointError(f"loss {loss}, gradient norms {norms}: not all are finite")
+        raise FloatingPointError(f"the loss {loss} or a gradient norm in {norms} is not finite")
     for opt, _ in players:
         opt.step()
     return norms
@@ -229,18 +232,16 @@ def train_step_pgd(model, x, y, *, opt_theta, eps, step_size, steps=10, objectiv
     """One step of AdvTrain or TRADES: PGD finds x', θ descends on it.
 
     x: (B, C, H, W) in [0, 1]; y: (B,); opt_theta: the torch optimizer of the model's weights; clip:
-    the largest norm of θ's gradient; the rest as for baselines.pgd. log: a list that receives a
-    dictionary. Returns the outer loss, a scalar. Raises InputError and FloatingPointError.
+    the largest norm of θ's gradient; log: a list that receives a dictionary; the rest as for pgd.
+    Returns the outer loss, a scalar. Raises InputError and FloatingPointError.
     """
     x_adv = pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective,
                 start=start, decay=decay, line_search=line_search)
-    opt_theta.zero_grad()
-    loss = objective.outer_loss(model, x, x_adv, y)
-    loss.backward()
-    theta_norm, = update(loss.detach(), [(opt_theta, clip)])
+    loss = descend(model, x, x_adv, y, objective, opt_theta)
+    theta_norm, = update(loss, (opt_theta, clip))
     if log is not None:
-        log.append({"theta_norm": theta_norm})
-    return loss.detach()
+        log.append({"loss": loss.item(), "theta_norm": theta_norm, "clipped": theta_norm > clip})
+    return loss
 
 
 def train_step_learned(model, optimizer, x, y, *, opt_theta, opt_phi, eps, steps=10,
@@ -249,33 +250,31 @@ def train_step_learned(model, optimizer, x, y, *, opt_theta, opt_phi, eps, steps
     """One step of RNN-Adv or RNN-TRADES: the learned optimizer finds x', θ descends on it, and φ
     ascends along the gradients that were met on the way.
 
-    opt_phi: the torch optimizer of the weights of `optimizer`; steps: T; phi_share: the share of
-    the images from which φ learns; the rest as for train_step_pgd.
+    opt_phi: the torch optimizer of the weights of `optimizer`; phi_share: the share of the images
+    from which φ learns; the rest as for train_step_pgd.
     """
     trace = []
     x_adv = learned_attack(model, optimizer, x, y, eps=eps, steps=steps, objective=objective,
                            start=start, trace=trace)
-    g_T = None
-    if type(objective) in (AdvTrain, Trades):
+    free = type(objective) in (AdvTrain, Trades)
+    if free:
         x_adv.requires_grad_()
     else:
         g_T, _ = last_gradient(model, x, x_adv, y, objective)
-    opt_theta.zero_grad()
-    loss = objective.outer_loss(model, x, x_adv, y)
-    loss.backward()  # θ's gradient
-    if g_T is None:
-        # As a function of x', the outer loss of these two is beta times the batch mean of the inner
-        # one. So θ's backward pass has computed g_T as well.
+    loss = descend(model, x, x_adv, y, objective, opt_theta)
+    if free:
+        # As a function of x', this outer loss is beta times the batch mean of the inner one, so
+        # θ's backward pass has computed g_T as well (with batch norm, the one in training mode).
         g_T = x_adv.grad * (len(x) / objective.beta)
-    x_0, *gradients = trace
-    gradients.append(g_T)
     n = math.ceil(phi_share * len(x))
+    x_0, *gradients = [part[:n] for part in (*trace, g_T)]
     opt_phi.zero_grad()
-    length = phi_gradient(optimizer, x[:n], x_0[:n], [g[:n] for g in gradients], eps)
-    theta_norm, phi_norm = update(loss.detach(), [(opt_theta, clip), (opt_phi, PHI_CLIP)])
+    length = phi_gradient(optimizer, x[:n], x_0, gradients, eps)
+    theta_norm, phi_norm = update(loss, (opt_theta, clip), (opt_phi, PHI_CLIP))
     if log is not None:
-        log.append({"theta_norm": theta_norm, "phi_norm": phi_norm, "length": length.item()})
-    return loss.detach()
+        log.append({"loss": loss.item(), "theta_norm": theta_norm, "clipped": theta_norm > clip,
+                    "phi_norm": phi_norm, "length": length.item()})
+    return loss
 
 
 # ---- 4. Training ---------------------------------------------------------------------------------
@@ -287,44 +286,41 @@ METHODS = {  # the objective, and what maximizes its inner loss
     "rnn-adv": (AdvTrain, "learned"),
     "rnn-trades": (Trades, "learned")}
 FORMAT = 1  # of a checkpoint
-OWN = "own"  # in the settings, the name of a model or data set that the caller brought
+OWN = "own"  # what the settings call a model or a data set that the caller brought
 
 
 def train(settings, model=None, data=None):
-    """Train a classifier by settings.method. Prints a row per epoch; returns the rows.
+    """Train a classifier by settings.method. Prints a row per epoch, and returns the rows.
 
-    settings: from get_args. model and data: your own nn.Module and Dataset, in place of those that
-    the settings name. best.pt is chosen by the accuracy under PGD-10 on held-out training images
-    (`plain`: without an attack). With settings.resume, the training goes on after its last finished
-    epoch, and ends in the same weights, bit for bit, as without the interruption (on the same kind
-    of CPU, in one process, with the same number of threads). Raises InputError before anything is
-    written, and FloatingPointError.
+    settings: from get_args; model, data: your own nn.Module and Dataset, in place of those that
+    the settings name. best.pt has the best accuracy under PGD-10 (`plain`: without an attack) on
+    held-out training images. With settings.resume, the training goes on after its last finished
+    epoch. In one process, on the same kind of CPU with as many threads, it then ends in the same
+    weights, bit for bit. Raises FloatingPointError, and InputError before anything is written.
     """
     settings = check_settings(settings)
-    if model is not None:
-        settings.model = OWN
-    if data is not None:
-        settings.dataset = OWN
     rank, world, device = start_process(settings.device)
-    torch.manual_seed(settings.seed)
 
     # ---- Data
     if data is None:
         data = load_dataset(settings.dataset, settings.data_dir)
-    x_train, y_train, x_held_out, y_held_out = hold_out(data, settings.limit)
-    x_train, y_train = x_train.to(device), y_train.to(device)
-    x_held_out, y_held_out = x_held_out.to(device).float() / 255, y_held_out.to(device)
+    else:
+        settings.dataset = OWN
+    x_train, y_train, x_held, y_held = (part.to(device) for part in hold_out(data, settings.limit))
     batch_size = min(settings.batch_size, len(x_train)) // world * world
     if batch_size < 2 * world:
         raise InputError(f"{batch_size} images per step are too few for {world} process(es)")
     steps = len(x_train) // batch_size
 
-    # ---- The classifier f_θ, the learned optimizer m_φ, and the optimizers of their weights
+    # ---- The classifier f_θ, the learned optimizer m_φ, and the torch optimizers of their weights
+    torch.manual_seed(settings.seed)
     if model is None:
         model = MODELS[settings.model](in_channels=x_train.shape[1])
         model.normalize_like(data.x_train[:10_000])
-    objective_class, maximizer = METHODS[settings.method]
-    objective = Trades(settings.beta) if objective_class is Trades else objective_class()
+    else:
+        settings.model = OWN
+    objective, maximizer = METHODS[settings.method]
+    objective = Trades(settings.beta) if objective is Trades else objective()
     model.to(device)
     opt_theta = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
     parts = {"model": model, "opt_theta": opt_theta}
@@ -334,141 +330,132 @@ def train(settings, model=None, data=None):
         opt_phi = torch.optim.Adam(optimizer.parameters(), settings.phi_lr)
         parts.update(optimizer=optimizer, opt_phi=opt_phi)
     attacks = make_attacks(["pgd-10", "learned-10"], settings.eps, optimizer)
-    score = "natural" if maximizer is None else "pgd-10"
 
-    # ---- A new run, or one to go on with
+    # ---- A new folder, or a training to go on with
     folder = Path(settings.out)
-    rows = []
-    if (folder / "last.pt").exists():
-        rows = restore(folder, settings, parts)
-    elif rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    rows = restore(folder, settings, parts)
     if world > 1:
-        share_gradients(model, optimizer)
+        share_gradients(*(part for part in parts.values() if isinstance(part, nn.Module)))
     if rank == 0:
-        print(f"{settings.method} on {settings.dataset} ({len(x_train)} images), {settings.model}, "
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"{settings.method}, {settings.dataset} ({len(x_train)} images), {settings.model}, "
               f"eps = {255 * settings.eps:g}/255, T = {settings.steps}, seed {settings.seed}, "
-              f"{device}; accuracy in %")
-        print(f"{'epoch':>5}{'loss':>9}" + "".join(f"{name:>12}" for name in ["natural", *attacks])
-              + f"{'seconds':>9}")
+              f"{device}; accuracy in % on {len(x_held)} held-out images")
 
-    for epoch in range(len(rows), settings.epochs):
-        start = time.time()
-        # The randomness of an epoch depends on seed, epoch and rank alone, so it can be resumed.
+    for epoch in range(len(rows) + 1, settings.epochs + 1):
+        begin = time.time()
+        # The randomness of an epoch comes from seed, epoch and rank alone, so it can be repeated.
         rng = np.random.default_rng((settings.seed, epoch))
         order = torch.from_numpy(rng.permutation(len(x_train))).to(device)
         torch.manual_seed(int(rng.integers(2 ** 60)) + rank)
         model.train()
-        total = 0.0
         log = []
-        for step in progress(range(steps), f"epoch {epoch + 1}"):
+        for step in progress(range(steps), f"epoch {epoch}"):
             batch = order[step * batch_size:(step + 1) * batch_size][rank::world]
-            x, y = x_train[batch], y_train[batch]
+            x = x_train[batch]
+            y = y_train[batch]
             if settings.dataset == "cifar10":
                 x = augment(x, settings.padding)
             x = x.float() / 255
             # One cycle: the rates rise for a third of the training, then fall to 0. eps may grow.
-            done = (epoch + (step + 0.5) / steps) / settings.epochs
+            done = (epoch - 1 + (step + 0.5) / steps) / settings.epochs
             cycle = min(3 * done, 1.5 * (1 - done))
-            opt_theta.param_groups[0]["lr"] = settings.lr * cycle
             ramp = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
+            opt_theta.param_groups[0]["lr"] = settings.lr * cycle
             common = {"opt_theta": opt_theta, "eps": ramp * settings.eps, "steps": settings.steps,
                       "objective": objective, "start": settings.start, "clip": settings.clip,
                       "log": log}
             try:
                 if maximizer is None:
-                    opt_theta.zero_grad()
-                    loss = objective.outer_loss(model, x, x, y)
-                    loss.backward()
-                    theta_norm, = update(loss.detach(), [(opt_theta, settings.clip)])
-                    log.append({"theta_norm": theta_norm})
+                    loss = descend(model, x, x, y, objective, opt_theta)
+                    theta_norm, = update(loss, (opt_theta, settings.clip))
+                    log.append({"loss": loss.item(), "clipped": theta_norm > settings.clip})
                 elif maximizer == "pgd":
-                    loss = train_step_pgd(model, x, y, step_size=ramp * settings.step_size,
-                                          decay=settings.decay, line_search=settings.line_search,
-                                          **common)
+                    train_step_pgd(model, x, y, step_size=ramp * settings.step_size,
+                                   decay=settings.decay, line_search=settings.line_search, **common)
                 else:
                     opt_phi.param_groups[0]["lr"] = settings.phi_lr * cycle
-                    loss = train_step_learned(model, optimizer, x, y, opt_phi=opt_phi,
-                                              phi_share=settings.phi_share, **common)
+                    train_step_learned(model, optimizer, x, y, opt_phi=opt_phi,
+                                       phi_share=settings.phi_share, **common)
             except FloatingPointError as error:
-                raise FloatingPointError(f"epoch {epoch + 1}, step {step + 1}: {error}") from None
-            total = total + loss.detach()
+                raise FloatingPointError(f"epoch {epoch}, step {step + 1}: {error}") from None
 
-        correct, _ = evaluate(model, x_held_out, y_held_out, attacks)
-        accuracy = {name: each.double().mean().item() for name, each in correct.items()}
-        row = {"epoch": epoch + 1, "loss": (total / steps).item(), "accuracy": accuracy,
-               "seconds": round(time.time() - start, 1)}
-        for key in log[0] if log else []:
-            row[key] = float(np.mean([entry[key] for entry in log]))
-        row["clipped"] = float(np.mean([entry["theta_norm"] > settings.clip for entry in log]))
+        row = {"epoch": epoch}
+        for key in log[0]:
+            row[key] = np.mean([entry[key] for entry in log]).item()
+        correct, _ = evaluate(model, x_held.float() / 255, y_held, attacks)
+        row["accuracy"] = means(correct)
+        row["seconds"] = round(time.time() - begin, 1)
         rows.append(row)
         if rank == 0:
-            cells = "".join(f"{100 * accuracy[name]:12.2f}" for name in ["natural", *attacks])
-            print(f"{epoch + 1:5}{row['loss']:9.4f}{cells}{row['seconds']:9}", flush=True)
-            save(folder, settings, parts, rows, score)
+            scores = [f"{name} {100 * value:5.2f}" for name, value in row["accuracy"].items()]
+            print(f"epoch {epoch:2}  loss {row['loss']:.4f}  {'  '.join(scores)}  "
+                  f"{row['seconds']} s", flush=True)
+            save(folder, settings, parts, rows)
     if world > 1:
         distributed.destroy_process_group()
     return rows
 
 
+def means(tensors):
+    """The mean of each tensor in a dictionary, such as the accuracies from evaluate."""
+    return {name: tensor.double().mean().item() for name, tensor in tensors.items()}
+
+
 def start_process(name):
-    """Join the other processes if torchrun started this one. Returns rank, their number, device."""
-    rank, world = 0, 1
+    """Join the other processes, if torchrun started this one. Returns rank, their number and the
+    torch device of this name. Raises InputError."""
+    rank = 0
+    world = 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if distributed.is_available() and distributed.is_torchelastic_launched():
-        if name == "cuda":
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-        rank, world = distributed.get_rank(), distributed.get_world_size()
-    return rank, world, find_device(name)
-
-
-def find_device(name):
-    """The torch device of this name. Raises InputError if it cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        rank = distributed.get_rank()
+        world = distributed.get_world_size()
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # the device `meta` has tensors, but no numbers
     except (RuntimeError, AssertionError):
         raise InputError(f"cannot use the device {name!r}: try auto, cpu, cuda or cuda:1") from None
-    return probe.device
+    return rank, world, probe.device
 
 
 def share_gradients(*modules):
-    """Give all processes the weights of the first one, and from now on the mean of their gradients,
-    as soon as each is computed. A module may be None."""
+    """Give every process the weights of the first one, and from now on the mean of their gradients,
+    as soon as each is computed."""
     def average(weight):
         distributed.all_reduce(weight.grad)
         weight.grad /= distributed.get_world_size()
 
     for module in modules:
-        if module is not None:
-            for tensor in module.state_dict().values():
-                distributed.broadcast(tensor, 0)
-            for weight in module.parameters():
-                if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(average)
+        for tensor in module.state_dict().values():
+            distributed.broadcast(tensor, 0)
+        for weight in module.parameters():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(average)
 
 
-def save(folder, settings, parts, rows, score):
-    """Write best.pt if the last row has the best score, log.jsonl and last.pt. The last one is
+def save(folder, settings, parts, rows):
+    """Write best.pt (if the last row is the best one), log.jsonl and last.pt. The last one is
     written last: if the process dies before, the epoch is repeated."""
-    settings = {key: value for key, value in vars(settings).items() if key not in NOT_SAVED}
-    states = {name: getattr(part, "_orig_mod", part).state_dict() for name, part in parts.items()}
-    checkpoint = {"format": FORMAT, "settings": settings, "rows": rows, **states}
+    settings = {name: value for name, value in vars(settings).items() if name not in NOT_SAVED}
+    checkpoint = {"format": FORMAT, "settings": settings, "rows": rows}
+    for name, part in parts.items():
+        checkpoint[name] = getattr(part, "_orig_mod", part).state_dict()  # of torch.compile
+    score = "natural" if settings["method"] == "plain" else "pgd-10"
     scores = [row["accuracy"][score] for row in rows]
     if scores[-1] > max(scores[:-1], default=-1):
-        write(folder / "best.pt", {key: value for key, value in checkpoint.items()
-                                   if key not in ("opt_theta", "opt_phi")})
+        best = {key: checkpoint[key] for key in checkpoint if not key.startswith("opt_")}
+        write(folder / "best.pt", best)
     write(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write(folder / "last.pt", checkpoint)
 
 
 def write(path, content):
-    """Write a text or a checkpoint beside `path`, then rename it: no file is ever half-written."""
+    """Write a text or a checkpoint beside `path`, then rename it, so that it is never half there."""
     beside = Path(f"{path}.tmp")
     if isinstance(content, str):
         beside.write_text(content)
@@ -483,21 +470,22 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint.get("format")
     if found != FORMAT:
-        raise InputError(f"{path} is from an earlier edition of this code: use commit d36af19")
+        raise InputError(f"{path} is of an earlier edition: commit d36af19 can read it")
     return checkpoint
 
 
 def restore(folder, settings, parts):
-    """Load last.pt into the parts of a training. Returns its rows. Raises InputError."""
+    """Load last.pt, if there is one, into the parts of a training. Returns its rows, or []."""
+    path = folder / "last.pt"
+    if not path.exists():
+        return []
     if not settings.resume:
         raise InputError(f"{folder} already contains a run: use --resume, or choose another --out")
-    path = folder / "last.pt"
     checkpoint = read_checkpoint(path)
     for name, before in checkpoint["settings"].items():
-        now = getattr(settings, name)
-        if before != now and name not in ("out", "device"):
-            raise InputError(f"{path} cannot be resumed: --{name.replace('_', '-')} was {before} "
-                             f"and is {now}")
+        if before != getattr(settings, name) and name not in ("out", "device"):
+            raise InputError(f"{folder} was trained with {name} = {before}: use the same settings "
+                             "to resume")
     with reading(path):
         for name, part in parts.items():
             getattr(part, "_orig_mod", part).load_state_dict(checkpoint[name])
@@ -505,16 +493,16 @@ def restore(folder, settings, parts):
 
 
 def load_run(folder, which="best", device="cpu", model=None):
-    """Load best.pt or last.pt from a run's folder. model: your own, if the run trained such a one.
+    """Load best.pt or last.pt of a run. model: your own nn.Module, if the run trained such a one.
 
     Returns the classifier, the learned optimizer or None, and the settings. Raises InputError.
     """
     path = Path(folder) / f"{which}.pt"
     checkpoint = read_checkpoint(path)
     settings = argparse.Namespace(**checkpoint["settings"])
-    optimizer = None
     if settings.model == OWN and model is None:
-        raise InputError(f"{path} has the weights of your own model: call load_run(…, model=…)")
+        raise InputError(f"{path} holds a model of your own: use load_run(…, model=…) in Python")
+    optimizer = None
     with reading(path):
         weights = checkpoint["model"]
         if model is None:
@@ -532,65 +520,59 @@ def load_run(folder, which="best", device="cpu", model=None):
 def make_attacks(names, eps, optimizer):
     """pgd-N, cw-N and learned-N, with N steps each → {name: callable(model, x, y) → x_adv}.
 
-    PGD takes steps of eps/4. Without an optimizer, the learned attacks are left out. All ascend the
-    cross-entropy, or the margin for cw, because those are stronger attacks than TRADES' KL.
+    PGD takes steps of eps/4. All ascend the cross-entropy, or C&W's margin: they are stronger
+    attacks than TRADES' KL. Without an optimizer, the learned ones are left out.
     """
     attacks = {}
     for name in names:
-        if not re.fullmatch(r"(pgd|cw|learned)-[1-9]\d{0,4}", name):
+        kind, _, steps = name.partition("-")
+        if kind not in ("pgd", "cw", "learned") or not re.fullmatch(r"[1-9]\d{0,4}", steps):
             raise InputError(f"unknown attack {name!r}: use for example pgd-10, cw-100, learned-10")
-        kind, steps = name.split("-")
-        steps = int(steps)
-        if kind == "pgd":
-            attacks[name] = partial(pgd, eps=eps, step_size=eps / 4, steps=steps)
-        elif kind == "cw":
-            attacks[name] = partial(pgd, eps=eps, step_size=eps / 4, steps=steps,
-                                    objective=Margin())
-        elif optimizer is not None:
-            def learned(model, x, y, steps=steps):
-                return learned_attack(model, optimizer, x, y, eps=eps, steps=steps)
-            attacks[name] = learned
+        budget = {"eps": eps, "steps": int(steps)}
+        if kind == "learned":
+            attack = lambda m, x, y, budget=budget: learned_attack(m, optimizer, x, y, **budget)
+        else:
+            objective = Margin() if kind == "cw" else AdvTrain()
+            attack = partial(pgd, step_size=eps / 4, objective=objective, **budget)
+        if kind != "learned" or optimizer is not None:
+            attacks[name] = attack
     return attacks
 
 
 def eval_runs(args):
-    """Print one table, with a row per run, and write eval.json into each run's folder."""
-    device = find_device(args.device)
+    """Print one table, with a row per run, and write eval.json into the folder of each run."""
+    _, _, device = start_process(args.device)
     runs = {folder: load_run(folder, args.checkpoint, device) for folder in args.runs}
     lent = None
     if args.lend:
         _, lent, _ = load_run(args.lend, args.checkpoint, device)
         if lent is None:
-            raise InputError(f"{args.lend} has no learned optimizer to lend: take an rnn- run")
-    _, _, first = runs[args.runs[0]]
-    eps = args.eps or first.eps
-    for folder, (_, _, settings) in runs.items():
-        if settings.dataset != first.dataset or (args.eps or settings.eps) != eps:
-            raise InputError(f"{folder} differs from {args.runs[0]} in data set or eps: make two "
-                             "tables")
-    data = load_dataset(first.dataset, args.data_dir)
+            raise InputError(f"{args.lend} has no learned optimizer to lend: choose an rnn- run")
+    kinds = {(settings.dataset, args.eps or settings.eps) for _, _, settings in runs.values()}
+    if len(kinds) > 1:
+        raise InputError("these runs differ in data set or eps: make a table of each kind")
+    (dataset, eps), = kinds
+    names = args.attacks.split(",")
+    make_attacks(names, eps, None)  # so that an unknown name is noticed before the first attack
+    data = load_dataset(dataset, args.data_dir)
     limit = args.limit or (None if device.type == "cuda" else 1000)
     x = data.x_test[:limit].to(device).float() / 255
     y = data.y_test[:limit].to(device)
-    names = args.attacks.split(",")
-    make_attacks(names, eps, None)  # an unknown name is an error before the first attack
 
     columns = ["natural", *names, "worst"]
-    width = max(map(len, args.runs)) + 2
-    print(f"{first.dataset}, eps = {255 * eps:g}/255, {len(x)} test images, {args.checkpoint} "
+    width = max(map(len, args.runs))
+    print(f"{dataset}, eps = {255 * eps:g}/255, {len(x)} test images, {args.checkpoint} "
           f"checkpoint, attack seed {args.seed}; accuracy in %")
-    print(f"{'run':{width}}{'model':9}{'seed':>4}" + "".join(f"{name:>12}" for name in columns))
-    for folder, (model, own, settings) in runs.items():
-        attacks = make_attacks(names, eps, lent if own is None else own)
-        correct, loss = evaluate(model, x, y, attacks, batch_size=args.batch_size, seed=args.seed)
-        accuracy = {name: each.double().mean().item() for name, each in correct.items()}
-        cells = "".join(f"{100 * accuracy[name]:12.2f}" if name in accuracy else f"{'-':>12}"
-                        for name in columns)
-        print(f"{folder:{width}}{settings.model:9}{settings.seed:4}{cells}", flush=True)
+    print(f"{'run':{width}}" + "".join(f"{name:>12}" for name in columns))
+    for folder, (model, optimizer, settings) in runs.items():
+        attacks = make_attacks(names, eps, optimizer or lent)
+        correct, loss = evaluate(model, x, y, attacks, seed=args.seed)
+        accuracy = means(correct)
+        cells = [f"{100 * accuracy[name]:.2f}" if name in accuracy else "-" for name in columns]
+        print(f"{folder:{width}}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
         result = {"settings": vars(settings), "eps": eps, "images": len(x), "seed": args.seed,
-                  "checkpoint": args.checkpoint, "lent_by": args.lend if own is None else None,
-                  "accuracy": accuracy,
-                  "loss": {name: each.double().mean().item() for name, each in loss.items()}}
+                  "checkpoint": args.checkpoint, "lent_by": None if optimizer else args.lend,
+                  "accuracy": accuracy, "loss": means(loss)}
         write(Path(folder) / "eval.json", json.dumps(result, indent=1) + "\n")
 
 
@@ -628,26 +610,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def get_args(argv=None):
-    """Parse the command line. Returns a namespace, the settings of train or of eval_runs."""
+    """Parse the command line. Returns a namespace: the settings of train, or of eval_runs."""
     count = number(1, 10 ** 9, int)
-    seed = number(0, 10 ** 9, int)
     pixels = number(1e-9, 1)
     positive = number(1e-9, 1e9)
     parser = Parser(prog="l2l_adv.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-
-    add = commands.add_parser("train", help="train one classifier").add_argument
+    trainer = commands.add_parser("train", help="train one classifier")
+    add = trainer.add_argument
     add("--out", required=True, help="folder of the run")
     add("--method", choices=METHODS, default="rnn-adv")
     add("--dataset", choices=DATASETS, default="synthetic")
-    add("--model", choices=MODELS, help="default: small, mnist cnn4, cifar10 vgg16")
-    add("--data-dir", help="default: $MNIST_DIR or $CIFAR10_DIR, else data/")
-    add("--limit", type=count, help="train on the first LIMIT images")
-    add("--padding", type=number(0, 32, int), help="random crops (cifar10); default 4, small 0")
-    add("--eps", type=pixels, help="radius, such as 8/255; default 8/255, mnist 0.3")
-    add("--eps-warmup", type=number(0, 1), help="share of training in which eps grows from 0")
+    add("--model", choices=MODELS, help="default: small; mnist cnn4; cifar10 vgg16")
+    add("--padding", type=number(0, 32, int), help="of random crops, cifar10; default 4, small 0")
     add("--start", choices=("gaussian", "uniform"), default="gaussian", help="of the attacks")
     add("--steps", type=count, default=10, help="T, steps of the attack; default 10")
+    add("--eps-warmup", type=number(0, 1), help="share of the training in which eps grows from 0")
     add("--step-size", type=pixels, help="of PGD; default eps/4, or eps if it changes")
     add("--decay", action="store_true", help="PGD with a decaying step size")
     add("--line-search", action="store_true", help="PGD with a line search")
@@ -655,26 +633,23 @@ def get_args(argv=None):
     add("--cell", choices=("lstm", "rnn"), default="lstm", help="of the learned optimizer")
     add("--phi-lr", type=positive, default=0.01, help="its peak learning rate; default 0.01")
     add("--phi-share", type=number(1e-9, 1), default=1 / 16, help="of the images; default 1/16")
-    add("--clip", type=number(1e-9, math.inf), default=CLIP, help="norm of θ's gradient; or inf")
-    add("--epochs", type=count, help="default 3, cifar10 30")
+    add("--clip", type=number(1e-9, math.inf), default=CLIP, help="θ's gradient norm; default 5")
+    add("--epochs", type=count, help="default 3; cifar10 30")
     add("--batch-size", type=count, help="default 64 for small and cnn4, else 128")
     add("--lr", type=positive, help="peak learning rate of the classifier")
-    add("--seed", type=seed, default=0)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--resume", action="store_true", help="go on after the last finished epoch, or begin")
-
-    add = commands.add_parser("eval", help="attack trained classifiers").add_argument
+    evaluator = commands.add_parser("eval", help="attack trained classifiers")
+    add = evaluator.add_argument
     add("runs", nargs="+", help="folders of runs with the same data set and eps")
     add("--attacks", default="pgd-10,pgd-100,cw-100,learned-10", help="default %(default)s")
     add("--checkpoint", choices=("best", "last"), default="best")
     add("--lend", metavar="RUN", help="let the optimizer of RUN attack the runs that have none")
-    add("--eps", type=pixels, help="default: the eps of the training")
-    add("--limit", type=count, help="test images; default 1000, with CUDA all")
-    add("--batch-size", type=count, default=256)
-    add("--data-dir", help="default: $MNIST_DIR or $CIFAR10_DIR, else data/")
-    add("--seed", type=seed, default=0, help="of the attacks")
-    add("--device", default="auto")
-
+    for add in (trainer.add_argument, evaluator.add_argument):
+        add("--eps", type=pixels, help="radius; default 8/255, mnist 0.3; eval: as in training")
+        add("--limit", type=count, help="first images; default all, eval without CUDA 1000")
+        add("--data-dir", help="default: $MNIST_DIR or $CIFAR10_DIR, else data/")
+        add("--seed", type=number(0, 10 ** 9, int), default=0)
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args(argv)
     if args.command == "train":
         set_defaults(args)
@@ -722,9 +697,6 @@ def main(argv=None):
     except FloatingPointError as error:
         print(f"l2l_adv.py: {error}; the last finished epoch is saved", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("l2l_adv.py: interrupted; --resume goes on from here", file=sys.stderr)
-        return 130
     return 0
 
 
