@@ -229,6 +229,7 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
                 check_attack(name, x_adv, x[batch], eps)
                 with torch.no_grad():
                     logits = model(x_adv.clamp(0, 1))
+                check_logits(logits, y[batch])
                 if not logits.isfinite().all():
                     raise FloatingPointError(f"{name}: the model's logits are NaN or infinite")
                 correct[name][batch] = logits.argmax(1) == y[batch]
@@ -244,6 +245,14 @@ def check_attack(name, x_adv, x, eps):
         raise InputError(f"the attack {name!r} did not return images in [0, 1]")
     if eps is not None and (x_adv - x).abs().max() > eps + SLACK:
         raise InputError(f"the attack {name!r} moved a pixel by more than eps = {eps:.4g}")
+
+
+def check_logits(logits, y):
+    """Raise InputError unless a model returned logits (B, classes), with a column for each label."""
+    if not torch.is_tensor(logits) or logits.dim() != 2 or logits.shape[1] <= y.max():
+        got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+        raise InputError(f"the model must return logits (B, classes), more than {y.max()} classes "
+                         f"for these labels, not {got}")
 
 
 def progress(items, label):
@@ -558,6 +567,8 @@ def hold_out(data, limit=None):
     """Split the training images: `limit` to train on, and a fifth as many, at most 1,000, held out.
     The split is the same for every seed. Returns x, y to train on, and x, y held out."""
     count = len(data.x_train)
+    if data.x_train.dtype != torch.uint8 or count != len(data.y_train) or count < 5:
+        raise InputError("a Dataset needs five or more images, uint8, and as many labels")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     most = min(1000, count // 5)
     train = order[most:][:limit]

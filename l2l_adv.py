@@ -4,34 +4,33 @@ Adversarial training solves min_θ E max_x' L(f_θ(x'), y) over ‖x' − x‖�
 problem with a step size chosen by hand. Here a small recurrent network m_φ, shared by all pixels,
 learns to climb it while the classifier f_θ trains:
 
-    for each mini-batch (x, y):                                train
-      h_0 = 0,  x'_0 = x + 0.001·N(0, I)                       baselines.random_start
-      for t = 0 … T−1:                                         learned_attack
-        g_t = ∇_x' L(f_θ(x'_t), y)                             baselines.input_gradient
-        δ_t, h_{t+1} = m_φ(g_t, h_t)                           normalize_gradient, LearnedOptimizer
-        x'_{t+1} = Π(x'_t + δ_t)                               baselines.project
-      φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t        phi_gradient
-      θ descends L(f_θ(x'_T), y)                               descend
+    for each mini-batch (x, y):                           train
+      h_0 = 0,  x'_0 = x + 0.001·N(0, I)                  baselines.random_start
+      for t = 0 … T−1:                                    learned_attack
+        g_t = ∇_x' L(f_θ(x'_t), y)                        baselines.input_gradient
+        δ_t, h_{t+1} = m_φ(g_t, h_t)                      normalize_gradient, LearnedOptimizer
+        x'_{t+1} = Π(x'_t + δ_t)                          baselines.project
+      φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t   phi_gradient
+      θ descends L(f_θ(x'_T), y)                          descend
 
 RNN-Adv takes cross-entropy for L (baselines.AdvTrain). RNN-TRADES (baselines.Trades) takes
 KL(f(x) ‖ f(x')) in the attack and for φ, and CE(f(x), y) + β·KL for θ.
 
-We know the paper's abstract and its algorithm, not its full text. This is what we do differently,
-or had to choose ourselves, and the switch where there is one:
+We know the paper's abstract and its algorithm, not its full text. What we do differently, or had
+to choose ourselves, and the switch where there is one:
 
-    the cell            an LSTM of 450 weights; the paper's RNN has 120       --cell rnn
-    start in training   the paper's, x + 0.001·N(0, I), for PGD as well       --start uniform
+    the cell            an LSTM of 450 weights; the paper's RNN has 120      --cell rnn
+    start in training   the paper's, x + 0.001·N(0, I), for PGD as well      --start uniform
     input of m_φ        each image's g over its mean absolute value
     size of a step      eps·tanh(·), so no step is longer than eps
     second derivatives  dropped: g_t is a constant in φ's gradient
     φ's first weights   such that the first steps follow the sign of g
-    φ's gradient        from a sixteenth of the images in the batch           --phi-share 1
+    φ's gradient        from a sixteenth of the images in the batch          --phi-share 1
     g_T                 from θ's backward pass, where it costs nothing
-    θ's gradient        its norm is clipped                                   --clip inf
-    learning rates      one cycle, up and down                                --lr, --phi-lr
-    small classifiers   batches of 64; eps grows during the first quarter     --eps-warmup 0
+    θ's gradient        its norm is clipped                                  --clip inf
+    learning rates      one cycle, up and down                               --lr, --phi-lr
+    small classifiers   batches of 64; eps grows during the first quarter    --eps-warmup 0
     batch norm          x and x' pass through it together in TRADES
-
 SPDX-License-Identifier: MIT
 """
 import argparse
@@ -174,8 +173,8 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
                     lr=0.01):
     """Train φ alone, with Adam, against a classifier that does not change.
 
-    batches: an iterable of x (B, C, H, W) in [0, 1] and y (B,), such as a DataLoader, one update
-    each. optimizer: the LearnedOptimizer to train further, or None for a new one. Returns it.
+    batches: an iterable of x (B, C, H, W) in [0, 1] and y (B,), such as a DataLoader; each gives
+    one update. optimizer: the LearnedOptimizer to train further, default a new one. Returns it.
     Raises InputError and FloatingPointError.
     """
     if optimizer is None:
@@ -186,9 +185,8 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
         x_adv = learned_attack(model, optimizer.to(x.device), x, y, eps=eps, steps=steps,
                                objective=objective, trace=trace)
         g_T, losses = last_gradient(model, x, x_adv, y, objective)
-        x_0, *gradients = *trace, g_T
         opt_phi.zero_grad()
-        phi_gradient(optimizer, x, x_0, gradients, eps)
+        phi_gradient(optimizer, x, trace[0], [*trace[1:], g_T], eps)
         update(losses.mean(), (opt_phi, PHI_CLIP))
     if not opt_phi.state:
         raise InputError("train_optimizer got no batch: was the generator used before?")
@@ -231,9 +229,9 @@ def train_step_pgd(model, x, y, *, opt_theta, eps, step_size, steps=10, objectiv
                    start="gaussian", decay=False, line_search=False, clip=CLIP, log=None):
     """One step of AdvTrain or TRADES: PGD finds x', θ descends on it.
 
-    x: (B, C, H, W) in [0, 1]; y: (B,); opt_theta: the torch optimizer of the model's weights; clip:
-    the largest norm of θ's gradient; log: a list that receives a dictionary; the rest as for pgd.
-    Returns the outer loss, a scalar. Raises InputError and FloatingPointError.
+    opt_theta: the torch optimizer of the model's weights; clip: the largest norm of θ's gradient;
+    log: a list that receives a dictionary; the rest as for baselines.pgd. Returns the outer loss,
+    a scalar. Raises InputError and FloatingPointError.
     """
     x_adv = pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective,
                 start=start, decay=decay, line_search=line_search)
@@ -248,24 +246,19 @@ def train_step_learned(model, optimizer, x, y, *, opt_theta, opt_phi, eps, steps
                        objective=AdvTrain(), start="gaussian", phi_share=1 / 16, clip=CLIP,
                        log=None):
     """One step of RNN-Adv or RNN-TRADES: the learned optimizer finds x', θ descends on it, and φ
-    ascends along the gradients that were met on the way.
-
-    opt_phi: the torch optimizer of the weights of `optimizer`; phi_share: the share of the images
-    from which φ learns; the rest as for train_step_pgd.
-    """
+    ascends along the gradients that were met on the way. opt_phi: the torch optimizer of φ;
+    phi_share: of the images, those from which φ learns; the rest as for train_step_pgd."""
     trace = []
     x_adv = learned_attack(model, optimizer, x, y, eps=eps, steps=steps, objective=objective,
                            start=start, trace=trace)
-    free = type(objective) in (AdvTrain, Trades)
-    if free:
-        x_adv.requires_grad_()
+    if type(objective) in (AdvTrain, Trades):
+        # As a function of x', their outer loss is beta times the batch mean of the inner one, so
+        # θ's backward pass computes g_T as well (with batch norm, the one in training mode).
+        loss = descend(model, x, x_adv.requires_grad_(), y, objective, opt_theta)
+        g_T = x_adv.grad * (len(x) / objective.beta)
     else:
         g_T, _ = last_gradient(model, x, x_adv, y, objective)
-    loss = descend(model, x, x_adv, y, objective, opt_theta)
-    if free:
-        # As a function of x', this outer loss is beta times the batch mean of the inner one, so
-        # θ's backward pass has computed g_T as well (with batch norm, the one in training mode).
-        g_T = x_adv.grad * (len(x) / objective.beta)
+        loss = descend(model, x, x_adv, y, objective, opt_theta)
     n = math.ceil(phi_share * len(x))
     x_0, *gradients = [part[:n] for part in (*trace, g_T)]
     opt_phi.zero_grad()
@@ -292,11 +285,11 @@ OWN = "own"  # what the settings call a model or a data set that the caller brou
 def train(settings, model=None, data=None):
     """Train a classifier by settings.method. Prints a row per epoch, and returns the rows.
 
-    settings: from get_args; model, data: your own nn.Module and Dataset, in place of those that
-    the settings name. best.pt has the best accuracy under PGD-10 (`plain`: without an attack) on
-    held-out training images. With settings.resume, the training goes on after its last finished
-    epoch. In one process, on the same kind of CPU with as many threads, it then ends in the same
-    weights, bit for bit. Raises FloatingPointError, and InputError before anything is written.
+    settings: from get_args; model, data: your own nn.Module and Dataset, in place of those named
+    there. best.pt has the best accuracy under PGD-10 (`plain`: without an attack) on held-out
+    training images. settings.resume: go on after the last finished epoch. In one process, on the
+    same kind of CPU with as many threads, the weights then end the same, bit for bit. Raises
+    InputError before anything is written, and FloatingPointError.
     """
     settings = check_settings(settings)
     rank, world, device = start_process(settings.device)
@@ -312,18 +305,20 @@ def train(settings, model=None, data=None):
         raise InputError(f"{batch_size} images per step are too few for {world} process(es)")
     steps = len(x_train) // batch_size
 
-    # ---- The classifier f_θ, the learned optimizer m_φ, and the torch optimizers of their weights
+    # ---- The classifier f_θ, the learned optimizer m_φ, and what moves their weights
     torch.manual_seed(settings.seed)
     if model is None:
         model = MODELS[settings.model](in_channels=x_train.shape[1])
         model.normalize_like(data.x_train[:10_000])
     else:
         settings.model = OWN
+    model.to(device)
+    last = y_train.argmax()
+    evaluate(model, x_train[last, None].float() / 255, y_train[last, None], {})  # does it fit?
     objective, maximizer = METHODS[settings.method]
     objective = Trades(settings.beta) if objective is Trades else objective()
-    model.to(device)
     opt_theta = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
-    parts = {"model": model, "opt_theta": opt_theta}
+    parts = {"model": getattr(model, "_orig_mod", model), "opt_theta": opt_theta}  # not compiled
     optimizer = None
     if maximizer == "learned":
         optimizer = LearnedOptimizer(cell=settings.cell).to(device)
@@ -380,12 +375,9 @@ def train(settings, model=None, data=None):
             except FloatingPointError as error:
                 raise FloatingPointError(f"epoch {epoch}, step {step + 1}: {error}") from None
 
-        row = {"epoch": epoch}
-        for key in log[0]:
-            row[key] = np.mean([entry[key] for entry in log]).item()
         correct, _ = evaluate(model, x_held.float() / 255, y_held, attacks)
-        row["accuracy"] = means(correct)
-        row["seconds"] = round(time.time() - begin, 1)
+        row = {key: np.mean([entry[key] for entry in log]).item() for key in log[0]}
+        row.update(epoch=epoch, accuracy=means(correct), seconds=round(time.time() - begin, 1))
         rows.append(row)
         if rank == 0:
             scores = [f"{name} {100 * value:5.2f}" for name, value in row["accuracy"].items()]
@@ -402,25 +394,21 @@ def means(tensors):
     return {name: tensor.double().mean().item() for name, tensor in tensors.items()}
 
 
-def start_process(name):
-    """Join the other processes, if torchrun started this one. Returns rank, their number and the
-    torch device of this name. Raises InputError."""
-    rank = 0
-    world = 1
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def start_process(device):
+    """Join the other processes, if torchrun started this one. Returns its rank, their number, and
+    the torch device of this name. Raises InputError."""
+    rank, world = 0, 1
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if distributed.is_available() and distributed.is_torchelastic_launched():
         if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-        rank = distributed.get_rank()
-        world = distributed.get_world_size()
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
+            distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
     try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # the device `meta` has tensors, but no numbers
+        return rank, world, torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError):
-        raise InputError(f"cannot use the device {name!r}: try auto, cpu, cuda or cuda:1") from None
-    return rank, world, probe.device
+        raise InputError(f"cannot use the device {device!r}: try auto, cpu, cuda, cuda:1") from None
 
 
 def share_gradients(*modules):
@@ -439,15 +427,14 @@ def share_gradients(*modules):
 
 
 def save(folder, settings, parts, rows):
-    """Write best.pt (if the last row is the best one), log.jsonl and last.pt. The last one is
-    written last: if the process dies before, the epoch is repeated."""
+    """Write best.pt, if the last row is the best one, log.jsonl, and then last.pt: if the process
+    dies before that, the epoch is repeated."""
     settings = {name: value for name, value in vars(settings).items() if name not in NOT_SAVED}
-    checkpoint = {"format": FORMAT, "settings": settings, "rows": rows}
-    for name, part in parts.items():
-        checkpoint[name] = getattr(part, "_orig_mod", part).state_dict()  # of torch.compile
+    states = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint = {"format": FORMAT, "settings": settings, "rows": rows, **states}
     score = "natural" if settings["method"] == "plain" else "pgd-10"
-    scores = [row["accuracy"][score] for row in rows]
-    if scores[-1] > max(scores[:-1], default=-1):
+    *before, last = [row["accuracy"][score] for row in rows]
+    if last > max(before, default=-1):
         best = {key: checkpoint[key] for key in checkpoint if not key.startswith("opt_")}
         write(folder / "best.pt", best)
     write(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -468,10 +455,9 @@ def read_checkpoint(path):
     """Load a checkpoint without unpickling code. Raises InputError."""
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint.get("format")
-    if found != FORMAT:
-        raise InputError(f"{path} is of an earlier edition: commit d36af19 can read it")
-    return checkpoint
+        if checkpoint.get("format") == FORMAT:
+            return checkpoint
+    raise InputError(f"{path} is of an earlier edition: commit d36af19 can read it")
 
 
 def restore(folder, settings, parts):
@@ -484,11 +470,10 @@ def restore(folder, settings, parts):
     checkpoint = read_checkpoint(path)
     for name, before in checkpoint["settings"].items():
         if before != getattr(settings, name) and name not in ("out", "device"):
-            raise InputError(f"{folder} was trained with {name} = {before}: use the same settings "
-                             "to resume")
+            raise InputError(f"{folder} was trained with {name} = {before}: resume it with that")
     with reading(path):
         for name, part in parts.items():
-            getattr(part, "_orig_mod", part).load_state_dict(checkpoint[name])
+            part.load_state_dict(checkpoint[name])
     return checkpoint["rows"]
 
 
@@ -499,19 +484,20 @@ def load_run(folder, which="best", device="cpu", model=None):
     """
     path = Path(folder) / f"{which}.pt"
     checkpoint = read_checkpoint(path)
-    settings = argparse.Namespace(**checkpoint["settings"])
-    if settings.model == OWN and model is None:
-        raise InputError(f"{path} holds a model of your own: use load_run(…, model=…) in Python")
     optimizer = None
     with reading(path):
+        settings = argparse.Namespace(**checkpoint["settings"])
         weights = checkpoint["model"]
-        if model is None:
+        if model is None and settings.model != OWN:
             model = MODELS[settings.model](in_channels=weights["mean"].numel())
-        getattr(model, "_orig_mod", model).load_state_dict(weights)
+        if model is not None:
+            getattr(model, "_orig_mod", model).load_state_dict(weights)
         if "optimizer" in checkpoint:
             optimizer = LearnedOptimizer(cell=settings.cell)
             optimizer.load_state_dict(checkpoint["optimizer"])
             optimizer.to(device).eval()
+    if model is None:
+        raise InputError(f"{path} holds a model of your own: use load_run(…, model=…) in Python")
     return model.to(device).eval(), optimizer, settings
 
 
@@ -528,14 +514,13 @@ def make_attacks(names, eps, optimizer):
         kind, _, steps = name.partition("-")
         if kind not in ("pgd", "cw", "learned") or not re.fullmatch(r"[1-9]\d{0,4}", steps):
             raise InputError(f"unknown attack {name!r}: use for example pgd-10, cw-100, learned-10")
-        budget = {"eps": eps, "steps": int(steps)}
-        if kind == "learned":
-            attack = lambda m, x, y, budget=budget: learned_attack(m, optimizer, x, y, **budget)
-        else:
+        settings = {"eps": eps, "steps": int(steps)}
+        if kind != "learned":
             objective = Margin() if kind == "cw" else AdvTrain()
-            attack = partial(pgd, step_size=eps / 4, objective=objective, **budget)
-        if kind != "learned" or optimizer is not None:
-            attacks[name] = attack
+            attacks[name] = partial(pgd, step_size=eps / 4, objective=objective, **settings)
+        elif optimizer is not None:
+            attacks[name] = lambda model, x, y, settings=settings: learned_attack(
+                model, optimizer, x, y, **settings)
     return attacks
 
 
