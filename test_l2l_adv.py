@@ -2,6 +2,7 @@
 
     python3 -m pytest -q              FUZZ=1000 KILLS=20: more damaged files, more killed trainings
 """
+import ast
 import copy
 import gzip
 import hashlib
@@ -1167,3 +1168,31 @@ def test_eval_refuses_bad_input_and_what_is_not_a_run(tiny, capsys, flags):
         Path("text").mkdir()
         Path("text/best.pt").write_text("not a checkpoint")
     assert is_refused(["eval", "run", *flags.split()], words or flags.split()[0], capsys)
+
+
+# ---- README.md and run_cifar.sh ------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+
+
+def test_the_examples_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(examples) == 3
+    for example in examples:
+        exec(example, {})
+
+
+def test_every_flag_in_the_readme_exists(capsys):
+    known = "--nproc-per-node" + (HERE / "run_cifar.sh").read_text()
+    for command in ("train", "eval"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known += capsys.readouterr().out
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
+    assert [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", known)] == []
+
+
+def test_the_modules_need_no_syntax_newer_than_python_3_9():
+    for path in HERE.glob("*.py"):
+        ast.parse(path.read_text(), feature_version=(3, 9))
