@@ -396,9 +396,9 @@ def write_mnist(folder, n=7, pack=gzip.compress):
 def test_mnist_is_read(tmp_path, monkeypatch, folder, pack):
     parts = write_mnist(tmp_path / folder, 7, pack)
     monkeypatch.setenv("MNIST_DIR", str(tmp_path))
-    x_train, y_train, x_test, y_test = load_dataset("mnist")
-    assert x_train.shape == (7, 1, 28, 28)
-    assert [x_train[:, 0].tolist(), y_train.tolist(), x_test[:, 0].tolist(), y_test.tolist()] == parts
+    data = load_dataset("mnist")
+    assert data.x_train.shape == (7, 1, 28, 28)
+    assert [part.squeeze(1).tolist() if part.dim() > 1 else part.tolist() for part in data] == parts
 
 
 @pytest.mark.parametrize("failure", [None, "no such file", "wrong SHA-256", "a folder was named"])
@@ -460,10 +460,9 @@ def test_synthetic_data_has_a_fine_pattern_always_right_and_a_coarse_one_nine_ti
 def test_augment_crops_and_flips_each_image_on_its_own(padding, crops_seen):
     x, seen = seeded(0, torch.randint, 0, 256, (300, 3, 6, 6), dtype=torch.uint8), set()
     for image, out in zip(F.pad(x, [padding] * 4), augment(x, padding)):
-        seen.update((i, j, flip) for i in range(2 * padding + 1) for j in range(2 * padding + 1)
-                    for flip in ([], [2])
-                    if torch.equal(image[:, i:i + 6, j:j + 6].flip(flip), out)
-                    for flip in [bool(flip)])
+        seen |= {(i, j, flip) for i in range(2 * padding + 1) for j in range(2 * padding + 1)
+                 for flip in (0, 1)
+                 if torch.equal(image[:, i:i + 6, j:j + 6].flip([2] * flip), out)}
     assert len(seen) == 2 * crops_seen
 
 
@@ -528,7 +527,7 @@ def unrolled(model, optimizer, x, y, eps, steps, objective):
 
 
 def weighted(losses):
-    """Σ_t t·loss(x'_t) over Σ_t t, the mean over the images, from a loss of each image for each t."""
+    """Σ_t t·loss(x'_t) over Σ_t t, the mean over the images. losses: one tensor (B,) for each t."""
     total = sum(t * loss.sum() for t, loss in enumerate(losses, 1))
     return total / (len(losses[0]) * sum(range(1, len(losses) + 1)))
 
@@ -620,8 +619,9 @@ class MoreThanTrades(Trades):
 
 @pytest.mark.parametrize("objective, passes, scale, settings", [
     (AdvTrain(), 11, 1, {}), (Trades(3.0), 12, 1, {}), (AdvTrain(), 11, 1000, {}),
-    (Mart(), 13, 1, {}), (MoreThanTrades(), 15, 1, {}), (AdvTrain(), 6, 1, {"clip": 0.01, "steps": 5}),
-    (Trades(3.0), 12, 1, {"phi_share": 1}), (AdvTrain(), 11, 1000, {"clip": math.inf})])
+    (Mart(), 13, 1, {}), (MoreThanTrades(), 15, 1, {}),
+    (AdvTrain(), 6, 1, {"clip": 0.01, "steps": 5}), (Trades(3.0), 12, 1, {"phi_share": 1}),
+    (AdvTrain(), 11, 1000, {"clip": math.inf})])
 def test_a_learned_step_equals_its_reference(objective, passes, scale, settings):
     model, x, y = problem(batch=20)
     model[-1].weight.data.mul_(scale)
@@ -662,7 +662,7 @@ def test_with_batch_norm_the_attack_runs_in_eval_mode_and_the_free_g_T_in_traini
                        objective=objective, phi_share=1, clip=1e9)
     assert close(phi, ascent, 1e-9) and not close(phi, in_eval, 1e-3)
     assert close(theta, -flat(descent), 1e-9)
-    assert torch.equal(flat(model.buffers()), flat(twin.buffers()))  # only the outer loss moved them
+    assert torch.equal(flat(model.buffers()), flat(twin.buffers()))  # moved by the outer loss alone
 
 
 @pytest.mark.parametrize("settings", [
@@ -747,7 +747,8 @@ def test_every_method_trains_and_is_evaluated(tiny, capsys, method):
 
 @pytest.mark.parametrize("flags, step, expected", [
     ("rnn-adv", "learned", {"beta": 1, "phi_share": 1 / 16, "start": "gaussian", "clip": 5}),
-    ("rnn-trades --phi-share 1 --clip inf", "learned", {"beta": 2, "phi_share": 1, "clip": math.inf}),
+    ("rnn-trades --phi-share 1 --clip inf", "learned", {"beta": 2, "phi_share": 1,
+                                                        "clip": math.inf}),
     ("advtrain", "pgd", {"beta": 1, "step_size": 0.03, "decay": False, "line_search": False}),
     ("advtrain --line-search", "pgd", {"step_size": 0.12, "line_search": True}),
     ("advtrain --decay --start uniform", "pgd", {"step_size": 0.12, "decay": True,
@@ -941,15 +942,20 @@ def test_a_killed_training_resumes_to_the_same_bits(tiny, kill):
 
 @pytest.mark.parametrize("kind", ["bin", "py", "idx", "last.pt"])
 def test_a_damaged_file_is_read_or_refused_in_one_line(tiny, kind):
-    read = {"idx": lambda: load_dataset("mnist", "data"), "last.pt": lambda: load_run("data", "last")}
-    read = read.get(kind, lambda: load_dataset("cifar10", "data"))
+    def read():
+        if kind == "last.pt":
+            load_run("data", "last")
+        else:
+            load_dataset("mnist" if kind == "idx" else "cifar10", "data")
+
     if kind == "last.pt":
         assert main([*tiny, "rnn-adv", "--epochs", "1", "--out", "data"]) == 0
     elif kind == "idx":
         write_mnist(Path("data"))
     else:
         write_cifar10(Path("data"), 12, pickled(2) if kind == "py" else binary)
-    path, = (p for p in Path("data").iterdir() if re.match("last|data_batch_2|train-labels", p.name))
+    names = {"last.pt": "last.pt", "idx": "train-labels*"}
+    path, = Path("data").glob(names.get(kind, "data_batch_2*"))
     raw, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
     for _ in range(int(os.environ.get("FUZZ", 40))):
         damaged = bytearray(raw)
@@ -1158,8 +1164,9 @@ def test_damaged_data_is_refused(tiny, capsys, name, damage):
 def test_eval_refuses_bad_input_and_what_is_not_a_run(tiny, capsys, flags):
     assert main([*tiny, "plain", "--epochs", "1", "--limit", "8"]) == 0
     right = saved("run/best.pt")
+    other = {**right["settings"], "eps": 0.1}
     wrong = {"vgg": {**right, "model": MODELS["vgg16"](3).state_dict()}, "tensor": torch.zeros(3),
-             "keys": {"format": 1}, "other": {**right, "settings": {**right["settings"], "eps": 0.1}}}
+             "keys": {"format": 1}, "other": {**right, "settings": other}}
     flags, _, words = flags.strip().partition(" = ")
     if flags in (*wrong, "text", "empty"):
         Path(flags).mkdir()
