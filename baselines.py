@@ -1,7 +1,6 @@
 """Everything that adversarial training needs besides the learned optimizer of l2l_adv.py.
 
-1 threat model, 2 objectives, 3 attacks, 4 evaluation, 5 classifiers, 6 data. Images are floats in
-[0, 1] of shape (B, C, H, W). eps and step sizes have the same scale, so CIFAR-10 has eps=8/255.
+Images are floats in [0, 1] of shape (B, C, H, W). eps and step sizes have the same scale: 8/255.
 
 [1] Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018
 [2] Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019
@@ -47,12 +46,12 @@ def project(x_adv, x, eps):
 
 def random_start(x, eps, start):
     """x'_0: "gaussian" is x + 0.001·N(0, I), as in the paper; "uniform" is anywhere in the ball."""
-    if start not in ("gaussian", "uniform"):
-        raise InputError(f"start must be 'gaussian' or 'uniform', not {start!r}")
     if start == "gaussian":
         noise = 0.001 * torch.randn_like(x)
-    else:
+    elif start == "uniform":
         noise = eps * (2 * torch.rand_like(x) - 1)
+    else:
+        raise InputError(f"start must be 'gaussian' or 'uniform', not {start!r}")
     return project(x + noise, x, eps)
 
 
@@ -70,12 +69,11 @@ def check_batch(x, y, eps=0.5, steps=1, step_size=0.5):
                          " divide by 255, and normalize inside the model")
     if not torch.is_tensor(y) or y.shape != x.shape[:1] or y.dtype != torch.int64 or y.min() < 0:
         raise InputError(f"labels must be {len(x)} class numbers, int64, one per image, not {y_is}")
-    if not (isinstance(eps, Real) and 0 < eps <= 1):
-        raise InputError(f"eps must be above 0 and at most 1, as in eps=8/255, not {eps!r}")
     if not (isinstance(steps, Integral) and steps >= 1):
         raise InputError(f"steps must be a positive whole number, not {steps!r}")
-    if not (isinstance(step_size, Real) and 0 < step_size <= 1):
-        raise InputError(f"step_size must be above 0 and at most 1, not {step_size!r}")
+    for name, size in (("eps", eps), ("step_size", step_size)):
+        if not (isinstance(size, Real) and 0 < size <= 1):
+            raise InputError(f"{name} must be above 0 and at most 1, like 8/255, not {size!r}")
     return x.clamp(0, 1), y.clone()
 
 
@@ -119,8 +117,7 @@ class Trades(AdvTrain):
         return F.kl_div(log_p_adv, target, reduction="none", log_target=True).sum(1)
 
     def outer_loss(self, model, x, x_adv, y):
-        """The mean loss over the batch. Here the gradient flows through f(x) as well."""
-        # One pass for both, so that batch norm uses and learns the same statistics for x and x'.
+        """One pass for x and x', so that batch norm has the same statistics for both."""
         logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2)  # (B, classes) each
         robust = self.inner_loss(logits_adv, F.log_softmax(logits, dim=1)).mean()
         return F.cross_entropy(logits, y) + self.beta * robust
@@ -150,14 +147,11 @@ def eval_mode(model):
 
 
 def input_gradient(model, x_adv, objective, target):
-    """g_t = ∇_x' of the inner loss of each image, (B, C, H, W), and the losses, (B,).
-
-    autograd.grad leaves no gradient on the weights, unlike backward().
-    """
+    """g_t = ∇_x' of the inner loss of each image, (B, C, H, W), and the losses, (B,)."""
     with torch.enable_grad():
         x_adv = x_adv.detach().requires_grad_()
         loss = objective.inner_loss(model(x_adv), target)
-        g, = torch.autograd.grad(loss.sum(), x_adv)
+        g, = torch.autograd.grad(loss.sum(), x_adv)  # leaves no gradient on the weights
     return g, loss.detach()
 
 
@@ -225,34 +219,29 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
             torch.manual_seed(seed)
             for i in progress(range(0, len(x), batch_size), name):
                 batch = slice(i, i + batch_size)
-                x_adv = attack(model, x[batch], y[batch])
-                check_attack(name, x_adv, x[batch], eps)
-                with torch.no_grad():
-                    logits = model(x_adv.clamp(0, 1))
-                check_logits(logits, y[batch])
-                if not logits.isfinite().all():
-                    raise FloatingPointError(f"{name}: the model's logits are NaN or infinite")
+                logits = attacked_logits(name, attack, model, x[batch], y[batch], eps)
                 correct[name][batch] = logits.argmax(1) == y[batch]
                 loss[name][batch] = F.cross_entropy(logits, y[batch], reduction="none")
     correct["worst"] = torch.stack(list(correct.values())).all(0)
     return correct, loss
 
 
-def check_attack(name, x_adv, x, eps):
-    """Raise InputError unless x_adv is images in [0, 1], and within eps of x if eps is given. NaN
-    is refused too: it would pass for a perfect attack."""
+def attacked_logits(name, attack, model, x, y, eps):
+    """Attack a batch, check what the attack returns, and return the logits there, (B, classes)."""
+    x_adv = attack(model, x, y)
+    # NaN is refused too: it would pass for a perfect attack.
     if x_adv.shape != x.shape or not (x_adv.min() >= -SLACK and x_adv.max() <= 1 + SLACK):
         raise InputError(f"the attack {name!r} did not return images in [0, 1]")
     if eps is not None and (x_adv - x).abs().max() > eps + SLACK:
         raise InputError(f"the attack {name!r} moved a pixel by more than eps = {eps:.4g}")
-
-
-def check_logits(logits, y):
-    """Raise InputError unless a model returned logits (B, classes), with a column for each label."""
+    with torch.no_grad():
+        logits = model(x_adv.clamp(0, 1))
     if not torch.is_tensor(logits) or logits.dim() != 2 or logits.shape[1] <= y.max():
-        got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
         raise InputError(f"the model must return logits (B, classes), more than {y.max()} classes "
-                         f"for these labels, not {got}")
+                         f"for these labels, not {getattr(logits, 'shape', type(logits))}")
+    if not logits.isfinite().all():
+        raise FloatingPointError(f"{name}: the model's logits are NaN or infinite")
+    return logits
 
 
 def progress(items, label):
@@ -305,50 +294,45 @@ def bn_relu(channels):
     return nn.BatchNorm2d(channels), nn.ReLU()
 
 
-class SmallCNN(Classifier):
+def SmallCNN(in_channels=1, num_classes=10):
     """Three convolutions with batch norm, 0.13 M weights, quick to train on a CPU."""
-
-    def __init__(self, in_channels=1, num_classes=10):
-        super().__init__(
-            in_channels,
-            conv(in_channels, 32, kernel=4, stride=2), *bn_relu(32),
-            conv(32, 64, kernel=4, stride=2), *bn_relu(64),
-            conv(64, 128), *bn_relu(128),
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128 * 16, num_classes))
+    return Classifier(
+        in_channels,
+        conv(in_channels, 32, kernel=4, stride=2), *bn_relu(32),
+        conv(32, 64, kernel=4, stride=2), *bn_relu(64),
+        conv(64, 128), *bn_relu(128),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128 * 16, num_classes))
 
 
-class CNN4(Classifier):
+def CNN4(in_channels=1, num_classes=10):
     """Four convolutions without batch norm, 0.31 M weights, close to the MNIST model of [2]."""
+    model = Classifier(
+        in_channels,
+        nn.Conv2d(in_channels, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 4, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(64, 64, 4, stride=2, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+        nn.Linear(64 * 16, 200), nn.ReLU(), nn.Linear(200, num_classes))
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            nn.init.kaiming_normal_(weight, nonlinearity="relu")
+    model.layers[-1].weight.data.mul_(0.1)  # with large logits, training never gets started
+    return model
 
-    def __init__(self, in_channels=1, num_classes=10):
-        super().__init__(
-            in_channels,
-            nn.Conv2d(in_channels, 32, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 32, 4, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(64, 64, 4, stride=2, padding=1), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-            nn.Linear(64 * 16, 200), nn.ReLU(), nn.Linear(200, num_classes))
-        for weight in self.parameters():
-            if weight.dim() > 1:
-                nn.init.kaiming_normal_(weight, nonlinearity="relu")
-        self.layers[-1].weight.data.mul_(0.1)  # with large logits, training never gets started
 
-
-class VGG16(Classifier):
+def VGG16(in_channels=3, num_classes=10):
     """VGG-16 with batch norm for 32×32 images, 14.7 M weights (Simonyan & Zisserman 2015)."""
-
-    def __init__(self, in_channels=3, num_classes=10):
-        layers = []
-        last = in_channels
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
-            if width == 0:
-                layers.append(nn.MaxPool2d(2))
-            else:
-                layers += [conv(last, width), *bn_relu(width)]
-                last = width
-        super().__init__(in_channels, *layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(),
-                         nn.Linear(512, num_classes))
+    layers = []
+    last = in_channels
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
+        if width == 0:
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [conv(last, width), *bn_relu(width)]
+            last = width
+    return Classifier(in_channels, *layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+                      nn.Linear(512, num_classes))
 
 
 class Residual(nn.Module):
@@ -363,41 +347,37 @@ class Residual(nn.Module):
         return self.body(x) + self.shortcut(x)
 
 
-class ResNet18(Classifier):
+def ResNet18(in_channels=3, num_classes=10):
     """ResNet-18 with a stem for 32×32 images, 11.2 M weights (He et al. 2016)."""
-
-    def __init__(self, in_channels=3, num_classes=10):
-        layers = [conv(in_channels, 64), *bn_relu(64)]
-        last = 64
-        for width in (64, 64, 128, 128, 256, 256, 512, 512):
-            stride = width // last
-            body = [conv(last, width, 3, stride), *bn_relu(width), conv(width, width),
-                    nn.BatchNorm2d(width)]
-            shortcut = []
-            if width != last:
-                shortcut = [conv(last, width, 1, stride), nn.BatchNorm2d(width)]
-            layers += [Residual(body, shortcut), nn.ReLU()]
-            last = width
-        super().__init__(in_channels, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(512, num_classes))
+    layers = [conv(in_channels, 64), *bn_relu(64)]
+    last = 64
+    for width in (64, 64, 128, 128, 256, 256, 512, 512):
+        stride = width // last
+        body = [conv(last, width, 3, stride), *bn_relu(width), conv(width, width),
+                nn.BatchNorm2d(width)]
+        shortcut = []
+        if width != last:
+            shortcut = [conv(last, width, 1, stride), nn.BatchNorm2d(width)]
+        layers += [Residual(body, shortcut), nn.ReLU()]
+        last = width
+    return Classifier(in_channels, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                      nn.Linear(512, num_classes))
 
 
-class WideResNet(Classifier):
+def WideResNet(in_channels=3, num_classes=10, depth=34, width=10):
     """WideResNet-34-10 by default, 46.2 M weights (Zagoruyko & Komodakis 2016)."""
-
-    def __init__(self, in_channels=3, num_classes=10, depth=34, width=10):
-        layers = [conv(in_channels, 16)]
-        last = 16
-        for channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
-            # The first block of each group shares its batch norm and ReLU with the shortcut.
-            body = [conv(last, channels, 3, stride), *bn_relu(channels), conv(channels, channels)]
-            layers += [*bn_relu(last), Residual(body, [conv(last, channels, 1, stride)])]
-            for _ in range((depth - 4) // 6 - 1):
-                layers.append(Residual([*bn_relu(channels), conv(channels, channels),
-                                        *bn_relu(channels), conv(channels, channels)]))
-            last = channels
-        super().__init__(in_channels, *layers, *bn_relu(last), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(last, num_classes))
+    layers = [conv(in_channels, 16)]
+    last = 16
+    for channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+        # The first block of each group shares its batch norm and ReLU with the shortcut.
+        body = [conv(last, channels, 3, stride), *bn_relu(channels), conv(channels, channels)]
+        layers += [*bn_relu(last), Residual(body, [conv(last, channels, 1, stride)])]
+        for _ in range((depth - 4) // 6 - 1):
+            layers.append(Residual([*bn_relu(channels), conv(channels, channels),
+                                    *bn_relu(channels), conv(channels, channels)]))
+        last = channels
+    return Classifier(in_channels, *layers, *bn_relu(last), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                      nn.Linear(last, num_classes))
 
 
 MODELS = {"small": SmallCNN, "cnn4": CNN4, "vgg16": VGG16, "resnet18": ResNet18,
@@ -487,7 +467,7 @@ def read_mnist(folder, suffix):
             if suffix == ".gz":
                 raw = gzip.decompress(raw)
             if raw[:4] != bytes([0, 0, 8, dims]):
-                raise ValueError(f"not an idx file of {dims} dimension(s)")
+                raise ValueError("not an idx file")
             shape = np.frombuffer(raw, ">u4", dims, offset=4)
             arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape))
     x_train, y_train, x_test, y_test = arrays
@@ -533,34 +513,31 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def to_dataset(folder, x_train, y_train, x_test, y_test):
-    """Make a Dataset of uint8 arrays. Raises InputError if images or labels do not fit."""
+    """Make a Dataset of uint8 arrays."""
     for x, y in ((x_train, y_train), (x_test, y_test)):
         if len(x) != len(y) or len(y) == 0 or y.max() > 9:
-            raise InputError(f"{folder} is damaged: {len(x)} images and {len(y)} labels, or a "
-                             "label above 9")
+            raise InputError(f"{folder} is damaged: its images and labels do not fit")
     return Dataset(torch.tensor(x_train), torch.tensor(y_train).long(),
                    torch.tensor(x_test), torch.tensor(y_test).long())
 
 
-def synthetic(n_train=4000, n_test=1000, size=16):
-    """Small color images of ten classes, with a coarse and a fine pattern for each class, after [4].
+def synthetic():
+    """Color images of ten classes, each with a coarse and a fine pattern, after [4].
 
     The coarse pattern (blocks of 4×4) survives eps = 8/255, but is wrong once in ten images. The
     fine one (single pixels, amplitude 6/255) is always right, but the attack can erase it. A plain
     model learns the fine one and falls to 0 % under attack.
     """
     rng = np.random.default_rng(0)
-    coarse = rng.choice([-1.0, 1.0], (10, 3, size // 4, size // 4))
-    coarse = coarse.repeat(4, 2).repeat(4, 3)  # (10, 3, size, size)
-    fine = rng.choice([-1.0, 1.0], (10, 3, 4, 4))
-    fine = np.tile(fine, (1, 1, size // 4, size // 4))  # (10, 3, size, size)
-    y = rng.integers(0, 10, n_train + n_test)
-    shown = np.where(rng.random(len(y)) < 0.9, y, rng.integers(0, 10, len(y)))
-    contrast = rng.uniform(0, 0.3, (len(y), 1, 1, 1))
-    noise = 0.04 * rng.standard_normal((len(y), 3, size, size))
+    coarse = rng.choice([-1.0, 1.0], (10, 3, 4, 4)).repeat(4, 2).repeat(4, 3)  # (10, 3, 16, 16)
+    fine = np.tile(rng.choice([-1.0, 1.0], (10, 3, 4, 4)), (4, 4))  # (10, 3, 16, 16)
+    y = rng.integers(0, 10, 5000)
+    shown = np.where(rng.random(5000) < 0.9, y, rng.integers(0, 10, 5000))
+    contrast = rng.uniform(0, 0.3, (5000, 1, 1, 1))
+    noise = 0.04 * rng.standard_normal((5000, 3, 16, 16))
     x = 0.5 + contrast * coarse[shown] + 6 / 255 * fine[y] + noise
     x = (x.clip(0, 1) * 255).round().astype(np.uint8)
-    return to_dataset("synthetic", x[:n_train], y[:n_train], x[n_train:], y[n_train:])
+    return to_dataset("synthetic", x[:4000], y[:4000], x[4000:], y[4000:])
 
 
 def hold_out(data, limit=None):
@@ -573,8 +550,8 @@ def hold_out(data, limit=None):
     most = min(1000, count // 5)
     train = order[most:][:limit]
     held_out = order[:min(most, max(1, (limit or count) // 5))]
-    x, y = data.x_train, data.y_train
-    return x[train], y[train], x[held_out], y[held_out]
+    return (data.x_train[train], data.y_train[train],
+            data.x_train[held_out], data.y_train[held_out])
 
 
 def augment(x, padding):

@@ -16,8 +16,7 @@ learns to climb it while the classifier f_θ trains:
 RNN-Adv takes cross-entropy for L (baselines.AdvTrain). RNN-TRADES (baselines.Trades) takes
 KL(f(x) ‖ f(x')) in the attack and for φ, and CE(f(x), y) + β·KL for θ.
 
-We know the paper's abstract and its algorithm, not its full text. What we do differently, or had
-to choose ourselves, and the switch where there is one:
+We know the paper's abstract and algorithm, not its full text. Our differences and choices:
 
     the cell            an LSTM of 450 weights; the paper's RNN has 120      --cell rnn
     start in training   the paper's, x + 0.001·N(0, I), for PGD as well      --start uniform
@@ -57,9 +56,9 @@ from baselines import (DATASETS, MODELS, AdvTrain, InputError, Margin, Trades, a
 class LearnedOptimizer(nn.Module):
     """m_φ: one recurrent cell, shared by all pixels. Every pixel has a state of its own.
 
-    cell="lstm" has 450 weights at hidden size 10, cell="rnn" has the paper's 120, no biases. W is
-    [weight_ih | weight_hh] of nn.LSTMCell or nn.RNNCell. We write the cell out because nn.LSTMCell
-    makes a whole training step of a small classifier half as long again.
+    cell="lstm" has 450 weights, cell="rnn" has the paper's 120. W is [weight_ih | weight_hh] of
+    nn.LSTMCell or nn.RNNCell without biases. We write the cell out because nn.LSTMCell makes a
+    whole training step of a small classifier half as long again.
     """
 
     def __init__(self, hidden_size=10, cell="lstm"):
@@ -286,10 +285,10 @@ def train(settings, model=None, data=None):
     """Train a classifier by settings.method. Prints a row per epoch, and returns the rows.
 
     settings: from get_args; model, data: your own nn.Module and Dataset, in place of those named
-    there. best.pt has the best accuracy under PGD-10 (`plain`: without an attack) on held-out
-    training images. settings.resume: go on after the last finished epoch. In one process, on the
-    same kind of CPU with as many threads, the weights then end the same, bit for bit. Raises
-    InputError before anything is written, and FloatingPointError.
+    there. best.pt has the best accuracy under PGD-10 (`plain`: natural) on held-out training
+    images. settings.resume: go on after the last finished epoch. In one process, on the same kind
+    of CPU with as many threads, the weights then end the same, bit for bit. Raises InputError
+    before anything is written, and FloatingPointError.
     """
     settings = check_settings(settings)
     rank, world, device = start_process(settings.device)
@@ -305,7 +304,7 @@ def train(settings, model=None, data=None):
         raise InputError(f"{batch_size} images per step are too few for {world} process(es)")
     steps = len(x_train) // batch_size
 
-    # ---- The classifier f_θ, the learned optimizer m_φ, and what moves their weights
+    # ---- The classifier f_θ and the learned optimizer m_φ
     torch.manual_seed(settings.seed)
     if model is None:
         model = MODELS[settings.model](in_channels=x_train.shape[1])
@@ -395,15 +394,16 @@ def means(tensors):
 
 
 def start_process(device):
-    """Join the other processes, if torchrun started this one. Returns its rank, their number, and
-    the torch device of this name. Raises InputError."""
-    rank, world = 0, 1
+    """Join torchrun's other processes, if any. Returns rank, number of processes, torch device."""
+    rank = 0
+    world = 1
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if distributed.is_available() and distributed.is_torchelastic_launched():
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        rank, world = distributed.get_rank(), distributed.get_world_size()
+        rank = distributed.get_rank()
+        world = distributed.get_world_size()
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
     try:
         return rank, world, torch.zeros(1, device=device).device
@@ -412,8 +412,7 @@ def start_process(device):
 
 
 def share_gradients(*modules):
-    """Give every process the weights of the first one, and from now on the mean of their gradients,
-    as soon as each is computed."""
+    """Give every process the weights of the first one, and from now on the mean gradients."""
     def average(weight):
         distributed.all_reduce(weight.grad)
         weight.grad /= distributed.get_world_size()
@@ -427,9 +426,10 @@ def share_gradients(*modules):
 
 
 def save(folder, settings, parts, rows):
-    """Write best.pt, if the last row is the best one, log.jsonl, and then last.pt: if the process
-    dies before that, the epoch is repeated."""
-    settings = {name: value for name, value in vars(settings).items() if name not in NOT_SAVED}
+    """Write best.pt, if the last row is the best. last.pt is written last: if the process dies
+    before, the epoch is repeated."""
+    settings = {name: value for name, value in vars(settings).items()
+                if name not in ("command", "resume", "data_dir")}
     states = {name: part.state_dict() for name, part in parts.items()}
     checkpoint = {"format": FORMAT, "settings": settings, "rows": rows, **states}
     score = "natural" if settings["method"] == "plain" else "pgd-10"
@@ -461,7 +461,7 @@ def read_checkpoint(path):
 
 
 def restore(folder, settings, parts):
-    """Load last.pt, if there is one, into the parts of a training. Returns its rows, or []."""
+    """Load last.pt, if there is one, into the parts of a training. Returns its rows."""
     path = folder / "last.pt"
     if not path.exists():
         return []
@@ -528,11 +528,9 @@ def eval_runs(args):
     """Print one table, with a row per run, and write eval.json into the folder of each run."""
     _, _, device = start_process(args.device)
     runs = {folder: load_run(folder, args.checkpoint, device) for folder in args.runs}
-    lent = None
-    if args.lend:
-        _, lent, _ = load_run(args.lend, args.checkpoint, device)
-        if lent is None:
-            raise InputError(f"{args.lend} has no learned optimizer to lend: choose an rnn- run")
+    lent = load_run(args.lend, args.checkpoint, device)[1] if args.lend else None
+    if args.lend and lent is None:
+        raise InputError(f"{args.lend} has no learned optimizer to lend: choose an rnn- run")
     kinds = {(settings.dataset, args.eps or settings.eps) for _, _, settings in runs.values()}
     if len(kinds) > 1:
         raise InputError("these runs differ in data set or eps: make a table of each kind")
@@ -558,10 +556,9 @@ def eval_runs(args):
         result = {"settings": vars(settings), "eps": eps, "images": len(x), "seed": args.seed,
                   "checkpoint": args.checkpoint, "lent_by": None if optimizer else args.lend,
                   "accuracy": accuracy, "loss": means(loss)}
-        write(Path(folder) / "eval.json", json.dumps(result, indent=1) + "\n")
+        write(Path(folder, "eval.json"), json.dumps(result, indent=1) + "\n")
 
 
-NOT_SAVED = ("command", "resume", "data_dir")
 PRESETS = {  # defaults that depend on the data set, and then on the model
     "synthetic": {"model": "small", "eps": 8 / 255, "epochs": 3},
     "mnist": {"model": "cnn4", "eps": 0.3, "epochs": 3, "lr": 0.05},
@@ -578,11 +575,11 @@ def number(low, high, kind=float):
     def parse(text):
         numerator, _, denominator = text.partition("/")
         try:
-            value = kind(numerator) / kind(denominator) if denominator else kind(numerator)
+            value = kind(numerator) / kind(denominator or 1)
         except (ValueError, ArithmeticError):
             value = math.nan
-        if low <= value <= high:
-            return value
+        if low <= value <= high and value == kind(value):  # 4/2 is a whole number, 3/2 is not
+            return kind(value)
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
     return parse
 
@@ -604,8 +601,8 @@ def get_args(argv=None):
     trainer = commands.add_parser("train", help="train one classifier")
     add = trainer.add_argument
     add("--out", required=True, help="folder of the run")
-    add("--method", choices=METHODS, default="rnn-adv")
-    add("--dataset", choices=DATASETS, default="synthetic")
+    add("--method", choices=METHODS, default="rnn-adv", help="default %(default)s")
+    add("--dataset", choices=DATASETS, default="synthetic", help="default %(default)s")
     add("--model", choices=MODELS, help="default: small; mnist cnn4; cifar10 vgg16")
     add("--padding", type=number(0, 32, int), help="of random crops, cifar10; default 4, small 0")
     add("--start", choices=("gaussian", "uniform"), default="gaussian", help="of the attacks")
@@ -627,13 +624,13 @@ def get_args(argv=None):
     add = evaluator.add_argument
     add("runs", nargs="+", help="folders of runs with the same data set and eps")
     add("--attacks", default="pgd-10,pgd-100,cw-100,learned-10", help="default %(default)s")
-    add("--checkpoint", choices=("best", "last"), default="best")
+    add("--checkpoint", choices=("best", "last"), default="best", help="default %(default)s")
     add("--lend", metavar="RUN", help="let the optimizer of RUN attack the runs that have none")
     for add in (trainer.add_argument, evaluator.add_argument):
         add("--eps", type=pixels, help="radius; default 8/255, mnist 0.3; eval: as in training")
         add("--limit", type=count, help="first images; default all, eval without CUDA 1000")
         add("--data-dir", help="default: $MNIST_DIR or $CIFAR10_DIR, else data/")
-        add("--seed", type=number(0, 10 ** 9, int), default=0)
+        add("--seed", type=number(0, 10 ** 9, int), default=0, help="default 0")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args(argv)
     if args.command == "train":
@@ -642,7 +639,7 @@ def get_args(argv=None):
 
 
 def set_defaults(args):
-    """Fill in the settings that depend on others. Raises InputError if they contradict another."""
+    """Fill in the settings that depend on others, and refuse those that contradict each other."""
     for key in ("dataset", "model"):  # in this order, because the data set may choose the model
         for name, value in PRESETS[getattr(args, key)].items():
             if getattr(args, name) is None:
@@ -656,8 +653,7 @@ def set_defaults(args):
 
 
 def check_settings(settings):
-    """Parse the settings once more, because a caller may have changed them in Python. The result
-    has plain values only, which can be saved. Raises InputError."""
+    """Parse the settings again: a caller may have changed them in Python. Returns plain values."""
     argv = ["train"]
     for name, value in vars(settings).items():
         flag = f"--{name.replace('_', '-')}"

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Train a classifier by each method, attack them all, and print a table of accuracies.
 #
-#     bash run_cifar.sh                CIFAR-10 in $CIFAR10_DIR or data/; 163 MB to download
+#     bash run_cifar.sh                CIFAR-10 in $CIFAR10_DIR, or downloaded to data/ (163 MB)
 #     bash run_cifar.sh --synthetic    the embedded data set: no download
 #     bash run_cifar.sh --seed 1       with any flags of `l2l_adv.py train`
-#
 # The same command again goes on after the last finished epoch. Environment variables:
 #     METHODS      default "plain advtrain trades rnn-adv rnn-trades"
 #     OUT          folder of the runs; the default is named after the flags: runs/cifar10-seed-1
@@ -12,46 +11,50 @@
 
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh may be another shell
 set -euo pipefail
-fail() { echo "run_cifar.sh: $1" >&2 && exit "${2-2}"; }
-trap 'fail "stopped; the same command goes on from here" 130' INT
+fail() { echo "run_cifar.sh: $1" >&2; exit 2; }
+trap 'echo "run_cifar.sh: stopped; the same command goes on from here" >&2; exit 130' INT
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 dataset=cifar10
-[[ ${1-} != --synthetic ]] || { dataset=synthetic && shift; }
-case " $*" in
-    *" -h"* | *" --help"*) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
-    *" --o"* | *" --me"* | *" --data-"*) fail "set OUT, METHODS or CIFAR10_DIR instead" ;;
-esac
-name=$(printf %s "$dataset $*" | tr -cs 'A-Za-z0-9.' '-')
-OUT=${OUT:-runs/${name%-}}
+[[ ${1-} != --synthetic ]] || { dataset=synthetic; shift; }
+[[ " $*" != *" -h"* && " $*" != *" --h"* ]] || { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit; }
+! grep -qE -e ' --(o|me|data-)' <<<" $*" || fail "set OUT, METHODS or CIFAR10_DIR instead"
+OUT=${OUT:-runs/$(printf %s "$dataset${*:+ $*}" | tr -cs 'A-Za-z0-9.' '-')}
 methods=(${METHODS:-plain advtrain trades rnn-adv rnn-trades})
+set -- --dataset "$dataset" "$@"
 
 python=python3
 if ! python3 -c 'import numpy, torch' 2>/dev/null; then
     python=$here/.venv/bin/python
-    echo "Installing torch and numpy in $here/.venv, because python3 lacks them"
+    echo "python3 lacks torch or numpy: installing both in $here/.venv"
     python3 -m venv "$here/.venv" && "$python" -m pip install --quiet torch numpy ||
-        fail "this takes a network and python3-venv; or install torch and numpy yourself"
+        fail "that failed: install torch and numpy yourself, then run this again"
 fi
-flags=(--dataset "$dataset")
-evaluation=(eval)
 jobs=1
-if "$python" -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then
+eval_flags=${TEST_LIMIT:+--limit $TEST_LIMIT}
+if [[ $("$python" -c 'import torch; print(torch.cuda.is_available())') == False ]]; then
     jobs=2
-    flags+=(--model small --epochs 3 --steps 5)
-    [[ $dataset == synthetic ]] || flags+=(--limit 38000)
-    evaluation+=(--attacks pgd-100,cw-100,learned-10)
-    TEST_LIMIT=${TEST_LIMIT:-500}
+    set -- --model small --epochs 3 --steps 5 --limit 38000 "$@"
+    eval_flags="--attacks pgd-100,cw-100,learned-10 --limit ${TEST_LIMIT:-500}"
 fi
-flags+=("$@")
 
 mkdir -p "$OUT" && true >"$OUT/.failed" || exit 2
-echo "${#methods[@]} methods, $jobs at a time, into $OUT. By default, CIFAR-10 takes about 12"\
-    "minutes on two cores, --synthetic a minute. CUDA was not timed yet."
-# glibc keeps freed memory: some CPUs are up to 1.6 times faster.
-export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824
-export python here OUT
-train_one() { # by method $1, which labels each line
+echo "Methods to train: ${#methods[@]}. Folder: $OUT. By default this takes about 12 minutes on two" \
+    "cores, and about a minute with --synthetic. It is not timed yet with CUDA."
+train_one() { # by method $1, with the flags that follow; its name begins each line
     "$python" "$here/l2l_adv.py" train "${@:2}" --method "$1" --out "$OUT/$1" --resume 2>&1 |
-        while IFS= read -r line; do printf '%-12s%s\n' "$1" "$line"; done || echo "$1" >>"$OUT/.failed"
+        while IFS= read -r line; do printf '%-12s%s\n' "$1" "$line"; done ||
+        echo "$1 failed with status $?: see above" >>"$OUT/.failed"
 }
 export -f train_one
+# With these, glibc keeps freed memory: some CPUs are up to 1.6 times faster.
+export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824 python here OUT
+train_one "${methods[0]}" "$@" # alone: it downloads the data and notices mistakes in the flags
+! grep -q "status 2" "$OUT/.failed" || exit 2
+for ((i = ${#methods[@]} - 1; i > 0; i--)); do echo "${methods[i]}"; done | # the longest first
+    OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2)) \
+        xargs -P "$jobs" -I{} "$BASH" -o pipefail -c 'train_one "$@"' _ {} "$@"
+runs=()
+for m in "${methods[@]}"; do grep -q "^$m failed" "$OUT/.failed" || runs+=("$OUT/$m"); done
+[[ ${#runs[@]} == 0 ]] || "$python" "$here/l2l_adv.py" eval "${runs[@]}" $eval_flags
+[[ $python == python3 ]] || echo "Before other commands: source '$here/.venv/bin/activate'"
+! grep . "$OUT/.failed" >&2

@@ -1,9 +1,10 @@
-"""What one training step of each method costs on this machine.
+"""What one training step of each method costs on this machine, relative to AdvTrain.
 
-    python3 results/bench.py --model vgg16 [--json]
+    python3 results/bench.py --model vgg16
 
-Every method takes its turn in several rounds, so that a machine that slows down slows all of them.
+The methods take turns in several rounds, so that a machine that slows down slows all of them.
 """
+import argparse
 import json
 import statistics
 import sys
@@ -13,80 +14,72 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import DATASETS, MODELS, Dataset, load_dataset, progress, to_unit
-from l2l_adv import COUNT, METHODS, Parser, Settings, Training, as_program
+from baselines import MODELS, AdvTrain, Trades
+from l2l_adv import LearnedOptimizer, train_step_learned, train_step_pgd
 
 
-def bench(args):
+def make_step(method, args, x, y, device):
+    """A function that takes one training step. The learning rates are too small to move weights."""
     torch.manual_seed(0)
-    n = 2 * args.batch_size  # a fifth of them is held out
-    if args.dataset:
-        data = Dataset(*(part[:n] for part in load_dataset(args.dataset)))
-    else:
-        x, y = torch.randint(0, 256, (n, 3, 32, 32)).byte(), torch.randint(0, 10, (n,))
-        data = Dataset(x, y, x, y)
-    runs = {}
-    for method in args.methods.split(","):
-        settings = Settings(out="none is made", method=method, dataset=args.dataset or "cifar10", model=args.model,
-                            steps=args.steps, cell=args.cell, lr=1e-9, batch_size=args.batch_size,
-                            precision=args.precision, compile=args.compile)
-        runs[method] = Training(settings, data=data)
-    device = next(iter(runs.values())).device
-    x, y = to_unit(data.x_train[:args.batch_size]).to(device), data.y_train[:args.batch_size].to(device)
-    jobs = {method: lambda run=run: run.step(x, y) for method, run in runs.items()}
-    seconds, peaks = measure(jobs, args.rounds, device)
-    costs = {method: {"ms_per_image": 1000 * seconds[method] / len(x), "peak_mb": peaks[method]} for method in jobs}
-    for cost in costs.values():
-        cost["ratio"] = cost["ms_per_image"] / costs["advtrain"]["ms_per_image"] if "advtrain" in costs else None
-    if args.json:
-        print(json.dumps({"model": args.model, "dataset": args.dataset, "batch_size": len(x), "T": args.steps,
-                          "cell": args.cell, "device": str(device), "threads": torch.get_num_threads(),
-                          "torch": torch.__version__, "methods": costs}))
-        return
-    print(f"{args.model}, batch {len(x)}, {args.dataset or 'random images'}, T = {args.steps}, {args.cell}, {device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds")
-    print(f"{'':14}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>9}")
-    for method, cost in costs.items():
-        ratio, peak = (f"{number:.5g}" if number else "-" for number in (cost["ratio"], cost["peak_mb"]))
-        print(f"{method:14}{cost['ms_per_image']:10.3f}{ratio:>12}{peak:>9}")
+    model = MODELS[args.model](in_channels=x.shape[1]).to(device)
+    settings = {"opt_theta": torch.optim.SGD(model.parameters(), 1e-9, momentum=0.9),
+                "objective": Trades() if "trades" in method else AdvTrain(),
+                "eps": 8 / 255, "steps": args.steps}
+    if not method.startswith("rnn"):
+        return lambda: train_step_pgd(model, x, y, step_size=2 / 255, **settings)
+    optimizer = LearnedOptimizer(cell=args.cell).to(device)
+    settings["opt_phi"] = torch.optim.Adam(optimizer.parameters(), 1e-9)
+    return lambda: train_step_learned(model, optimizer, x, y, **settings)
 
 
-def measure(jobs, rounds, device):
-    """Median seconds of each job over the rounds and, on a card, the peak memory of its warm-up: MB above what was in
-    use before, else None."""
-    cuda = device.type == "cuda"
-    sync = torch.cuda.synchronize if cuda else lambda: None
-    seconds, peaks = {name: [] for name in jobs}, dict.fromkeys(jobs)
-    for turn in progress(range(rounds + 1), "bench"):
-        for name in sorted(jobs, key=lambda name: (list(jobs).index(name) + turn) % len(jobs)):  # another one begins
-            if cuda and turn == 0:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            sync()
-            start = time.perf_counter()
-            jobs[name]()
-            sync()
-            seconds[name].append(time.perf_counter() - start)
-            if cuda and turn == 0:
-                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    return {name: statistics.median(each[1:]) for name, each in seconds.items()}, peaks
+def seconds(step, device):
+    """How long a step takes."""
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def main(argv=None):
-    parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
-    parser.set_defaults(command=bench)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="vgg16")
-    parser.add_argument("--dataset", choices=DATASETS, help="whose images; default random ones of 32x32")
-    parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,NAME")
-    parser.add_argument("--batch-size", type=COUNT, default=32, metavar="X")
-    parser.add_argument("--steps", type=COUNT, default=10, help="T")
+    parser.add_argument("--methods", default="advtrain,rnn-adv,trades,rnn-trades")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10, help="T")
     parser.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: as in training")
-    parser.add_argument("--compile", choices=("no", "yes"), default="no")
-    parser.add_argument("--rounds", type=COUNT, default=5, metavar="X")
-    parser.add_argument("--json", action="store_true")
-    return as_program(parser.parse_args(argv))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE as well")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.rand(args.batch_size, 3, 32, 32, device=device)
+    y = torch.randint(0, 10, (args.batch_size,), device=device)
+    methods = args.methods.split(",")
+    steps = {method: make_step(method, args, x, y, device) for method in methods}
+    times = {method: [] for method in methods}
+    peak = {}
+    for method in methods:  # a first step, not timed, which also shows the peak of the memory
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds(steps[method], device)
+        peak[method] = torch.cuda.max_memory_allocated() / 2 ** 20 if device == "cuda" else None
+    for turn in range(args.rounds):
+        for i in range(len(methods)):
+            method = methods[(i + turn) % len(methods)]
+            times[method].append(seconds(steps[method], device))
+    medians = {method: statistics.median(times[method]) for method in methods}
+    print(f"{args.model}, batch {args.batch_size}, T = {args.steps}, {args.cell}, {device} "
+          f"({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, median of {args.rounds} rounds")
+    rows = {method: {"ms_per_image": 1000 * median / args.batch_size, "peak_mb": peak[method],
+                     "over_first": median / medians[methods[0]]}
+            for method, median in medians.items()}
+    for method, row in rows.items():
+        print(f"{method:12}{row['ms_per_image']:9.3f} ms per image{row['over_first']:7.2f} times "
+              f"{methods[0]}" + (f"{row['peak_mb']:9.0f} MB" if row["peak_mb"] else ""))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"settings": vars(args), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
