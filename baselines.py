@@ -206,7 +206,9 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
     With eps, an attack that leaves the ball is refused. Raises InputError, and FloatingPointError
     if logits are NaN or infinite.
     """
-    x, y = check_batch(x, y, steps=batch_size)
+    x, y = check_batch(x, y)
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}")
     if "natural" in attacks or "worst" in attacks:
         raise InputError("an attack cannot be called 'natural' or 'worst': choose another name")
     correct = {}

@@ -1067,7 +1067,7 @@ def returning(function):
     (lambda: learned_attack(NET, None, X, Y, eps=0.1), "needs a LearnedOptimizer, not NoneType"),
     (lambda: train_optimizer(NET, [], eps=0.1), "no batch"),
     (lambda: evaluate(NET, X * 2, Y, {}), "divide by 255"),
-    (lambda: evaluate(NET, X, Y, {}, batch_size=0), "whole number"),
+    (lambda: evaluate(NET, X, Y, {}, batch_size=0), "batch_size must"),
     (lambda: evaluate(NET, X, Y, {"natural": None}), "choose another name"),
     (lambda: evaluate(NET, X, Y, {"worst": None}), "choose another name"),
     (lambda: evaluate(returning(lambda x: (NET(x), 0)), X, Y, {}), "not <class 'tuple'>"),
