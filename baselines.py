@@ -112,7 +112,7 @@ class Trades(AdvTrain):
             return F.log_softmax(model(x), dim=1)
 
     def inner_loss(self, logits, target):
-        """KL(f(x) ‖ f(x')), (B,). It is finite even for extreme logits."""
+        """KL(f(x) ‖ f(x')), (B,). It is finite for very large logits too."""
         log_p_adv = F.log_softmax(logits, dim=1)
         return F.kl_div(log_p_adv, target, reduction="none", log_target=True).sum(1)
 
@@ -124,7 +124,8 @@ class Trades(AdvTrain):
 
 
 class Margin(AdvTrain):
-    """The inner loss of C&W [3]: the best wrong logit minus the true one. It never saturates."""
+    """The inner loss of C&W [3]: the best wrong logit minus the true one. Its gradient
+    does not vanish where the model is sure."""
 
     def inner_loss(self, logits, target):
         true = logits.gather(1, target[:, None])[:, 0]
@@ -155,7 +156,7 @@ def input_gradient(model, x_adv, objective, target):
     return g, loss.detach()
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # so that it works inside the caller's torch.inference_mode() as well
 @torch.no_grad()
 def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaussian",
         decay=False, line_search=False):
@@ -231,8 +232,9 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
 def attacked_logits(name, attack, model, x, y, eps):
     """Attack a batch, check what the attack returns, and return the logits there, (B, classes)."""
     x_adv = attack(model, x, y)
-    # NaN is refused too: it would pass for a perfect attack.
-    if x_adv.shape != x.shape or not (x_adv.min() >= -SLACK and x_adv.max() <= 1 + SLACK):
+    if x_adv.isnan().any():  # it would pass for a perfect attack
+        raise FloatingPointError(f"{name}: the attack returned NaN, as it does if a gradient is NaN")
+    if x_adv.shape != x.shape or x_adv.min() < -SLACK or x_adv.max() > 1 + SLACK:
         raise InputError(f"the attack {name!r} did not return images in [0, 1]")
     if eps is not None and (x_adv - x).abs().max() > eps + SLACK:
         raise InputError(f"the attack {name!r} moved a pixel by more than eps = {eps:.4g}")
@@ -408,8 +410,8 @@ SUBFOLDERS = (".", "mnist", "MNIST/raw", "cifar-10-batches-bin", "cifar-10-batch
 def load_dataset(name, data_dir=None):
     """Load "synthetic", "mnist" or "cifar10". Returns a Dataset. Raises InputError.
 
-    The files are looked for in data_dir, then in $MNIST_DIR or $CIFAR10_DIR, then in data/. If
-    no folder is named and data/ has no CIFAR-10, it is downloaded to there.
+    The files are looked for in data_dir if it is given, else in $MNIST_DIR or $CIFAR10_DIR if it
+    is set, else in data/. In the last case, CIFAR-10 is downloaded if it is not there.
     """
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
@@ -436,7 +438,7 @@ def download_cifar10(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as part:
             archive = Path(part, "cifar-10-binary.tar.gz")
-            print("downloading CIFAR-10 (163 MB)", flush=True)
+            print("downloading CIFAR-10 (162 MB)", flush=True)
             torch.hub.download_url_to_file(CIFAR10_URL, archive, CIFAR10_SHA256, progress=False)
             shutil.unpack_archive(archive, part)
             Path(part, folder.name).rename(folder)
@@ -455,7 +457,7 @@ def reading(path):
     except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
             RuntimeError, pickle.UnpicklingError, zlib.error) as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise InputError(f"cannot read {path}: it is missing or damaged ({message})") from None
+        raise InputError(f"cannot use {path}: it is missing, damaged or does not fit ({message})") from None
 
 
 def read_mnist(folder, suffix):
@@ -546,7 +548,8 @@ def hold_out(data, limit=None):
     """Split the training images: `limit` to train on, and a fifth as many, at most 1,000, held out.
     The split is the same for every seed. Returns x, y to train on, and x, y held out."""
     count = len(data.x_train)
-    if data.x_train.dtype != torch.uint8 or count != len(data.y_train) or count < 5:
+    is_images = data.x_train.dtype == torch.uint8 and data.x_train.dim() == 4
+    if not is_images or count != len(data.y_train) or count < 5:
         raise InputError("a Dataset needs five or more images, uint8, and as many labels")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     most = min(1000, count // 5)

@@ -2,7 +2,9 @@
 
 Adversarial training solves min_θ E max_x' L(f_θ(x'), y) over ‖x' − x‖∞ ≤ eps. PGD climbs the inner
 problem with a step size chosen by hand. Here a small recurrent network m_φ, shared by all pixels,
-learns to climb it while the classifier f_θ trains:
+learns to climb it while the classifier f_θ trains. RNN-Adv takes cross-entropy for L. RNN-TRADES
+takes KL(f(x) ‖ f(x')) in the attack and for φ, and CE(f(x), y) + β·KL for θ. Π projects onto the
+ball around x and onto [0, 1].
 
     for each mini-batch (x, y):                           train
       h_0 = 0,  x'_0 = x + 0.001·N(0, I)                  baselines.random_start
@@ -10,26 +12,26 @@ learns to climb it while the classifier f_θ trains:
         g_t = ∇_x' L(f_θ(x'_t), y)                        baselines.input_gradient
         δ_t, h_{t+1} = m_φ(g_t, h_t)                      normalize_gradient, LearnedOptimizer
         x'_{t+1} = Π(x'_t + δ_t)                          baselines.project
-      φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t   phi_gradient
-      θ descends L(f_θ(x'_T), y)                          descend
+      φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t   phi_gradient, update
+      θ descends L(f_θ(x'_T), y)                          theta_gradient, update
 
-RNN-Adv takes cross-entropy for L (baselines.AdvTrain). RNN-TRADES (baselines.Trades) takes
-KL(f(x) ‖ f(x')) in the attack and for φ, and CE(f(x), y) + β·KL for θ.
+We know the paper's abstract and its algorithm, not its full text. These are the choices that we
+made, the first one against the paper as far as we know it, the others where it is silent:
 
-We know the paper's abstract and algorithm, not its full text. Our differences and choices:
-
-    the cell            an LSTM of 450 weights; the paper's RNN has 120      --cell rnn
-    start in training   the paper's, x + 0.001·N(0, I), for PGD as well      --start uniform
+                        here                                                 instead
+    cell                an LSTM of 450 weights; the paper's RNN has 120      --cell rnn
+    start in training   x + 0.001·N(0, I) for PGD as well                    --start uniform
     input of m_φ        each image's g over its mean absolute value
     size of a step      eps·tanh(·), so no step is longer than eps
     second derivatives  dropped: g_t is a constant in φ's gradient
-    φ's first weights   such that the first steps follow the sign of g
-    φ's gradient        from a sixteenth of the images in the batch          --phi-share 1
-    g_T                 from θ's backward pass, where it costs nothing
-    θ's gradient        its norm is clipped                                  --clip inf
-    learning rates      one cycle, up and down                               --lr, --phi-lr
-    small classifiers   batches of 64; eps grows during the first quarter    --eps-warmup 0
-    batch norm          x and x' pass through it together in TRADES
+    first weights of φ  such that the first step follows the sign of g
+    φ learns from       a sixteenth of the images in the batch               --phi-share 1
+    g_T                 comes from θ's backward pass, at no cost
+    batch norm          attacks use its running statistics; θ's update and
+                        the free g_T those of the batch, x and x' together
+    optimizers          SGD with momentum for θ, Adam for φ, one-cycle       --lr, --phi-lr
+    clipping            θ's gradient to norm 5, φ's to norm 1                --clip inf (θ)
+    small classifiers   batches of 64; eps grows in the first quarter        --eps-warmup 0
 SPDX-License-Identifier: MIT
 """
 import argparse
@@ -51,14 +53,18 @@ from baselines import (DATASETS, MODELS, AdvTrain, InputError, Margin, Trades, a
                        project, random_start, reading)
 
 
+CLIP = 5.0  # the largest norm of θ's gradient
+PHI_CLIP = 1.0  # the largest norm of φ's gradient
+
+
 # ---- 1. The learned optimizer --------------------------------------------------------------------
 
 class LearnedOptimizer(nn.Module):
     """m_φ: one recurrent cell, shared by all pixels. Every pixel has a state of its own.
 
     cell="lstm" has 450 weights, cell="rnn" has the paper's 120. W is [weight_ih | weight_hh] of
-    nn.LSTMCell or nn.RNNCell without biases. We write the cell out because nn.LSTMCell makes a
-    whole training step of a small classifier half as long again.
+    nn.LSTMCell or nn.RNNCell without biases. We write the cell out because a training step of a
+    small classifier takes 1.5 times as long with nn.LSTMCell.
     """
 
     def __init__(self, hidden_size=10, cell="lstm"):
@@ -72,8 +78,9 @@ class LearnedOptimizer(nn.Module):
         self.W = nn.Parameter(torch.empty(gates * hidden_size, 1 + hidden_size))
         self.W_out = nn.Parameter(torch.empty(1, hidden_size))
         nn.init.uniform_(self.W, -bound, bound)
-        # The weights from u to the candidate and from h to δ are positive, so that the first steps
-        # follow the sign of the gradient. The gates of an LSTM let through a quarter, hence the 5.
+        # The weights from u to the candidate and from h to δ are positive, so that the first step
+        # follows the sign of the gradient. The gates of an LSTM shrink it, so its weights are
+        # larger. A first step is then about eps/5 long.
         nn.init.uniform_(self.W_out, 0, bound)
         if cell == "lstm":
             nn.init.uniform_(self.W[2 * hidden_size:3 * hidden_size, 0], 0, 5 * bound)
@@ -81,8 +88,8 @@ class LearnedOptimizer(nn.Module):
             nn.init.uniform_(self.W[:, 0], 0, bound)
 
     def forward(self, u, state=None):
-        """u: the normalized gradient, (N,); state: the previous state, or None at the first step.
-        Returns δ in (−1, 1), (N,), and the next state."""
+        """u: the normalized gradient, (N,); state: (h, c), (H, N) each, or None at the first step.
+        Returns δ in (−1, 1), (N,), and the next state. The RNN does not use c."""
         if state is None:
             h = c = u.new_zeros(self.hidden_size, len(u))  # (H, N)
         else:
@@ -98,7 +105,7 @@ class LearnedOptimizer(nn.Module):
 
 
 def tanh(z):
-    """tanh by way of the sigmoid, which is faster than torch.tanh on most CPUs."""
+    """torch.tanh, by way of torch.sigmoid, which is faster on most CPUs."""
     return 2 * torch.sigmoid(2 * z) - 1
 
 
@@ -111,7 +118,7 @@ def normalize_gradient(g):
 
 # ---- 2. Its attack, and the gradient of φ --------------------------------------------------------
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # so that it works inside the caller's torch.inference_mode() as well
 @torch.no_grad()
 def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(),
                    start="gaussian", trace=None):
@@ -139,8 +146,8 @@ def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(
 
 
 def phi_gradient(optimizer, x, x_0, gradients, eps):
-    """Backpropagate the meta-loss −Σ_t w_t L(f(x'_t), y) / Σ_t w_t, w_t = t, to the weights φ,
-    without a pass through the classifier. Returns the mean length of a step, in units of eps.
+    """Backpropagate the meta-loss −Σ_t w_t L(f(x'_t), y) / Σ_t w_t, w_t = t, in the mean over the
+    images, to the weights φ, without a pass through the classifier.
 
     We drop second derivatives, so g_t is a constant, and by the chain rule
         ∂/∂φ Σ_t w_t L(f(x'_t), y) = Σ_t w_t ⟨g_t, ∂x'_t/∂φ⟩ = ∂/∂φ Σ_t w_t ⟨g_t, x'_t⟩.
@@ -148,22 +155,25 @@ def phi_gradient(optimizer, x, x_0, gradients, eps):
     left is to unroll the cell once more, this time with a graph.
 
     x, x_0: (B, C, H, W); gradients: g_0 … g_T, (B, C, H, W) each; eps in [0, 1] pixel scale.
+    Returns the mean |δ|, the length of a step in units of eps, for the log.
     """
     steps = len(gradients) - 1
     x_adv = x_0
     state = None
-    total = length = 0.0
+    total = 0.0
+    length = 0.0
     for t in range(steps):
         delta, state = optimizer(normalize_gradient(gradients[t]), state)
         x_adv = project(x_adv + eps * delta.view(x.shape), x, eps)  # x'_{t+1}, (B, C, H, W)
         total = total + (t + 1) * (gradients[t + 1] * x_adv).sum()  # w_{t+1} ⟨g_{t+1}, x'_{t+1}⟩
-        length = length + delta.detach().abs().mean() / steps
-    (-total / (len(x) * sum(range(1, steps + 1)))).backward()
-    return length
+        length = length + delta.detach().abs().mean()
+    sum_of_w = steps * (steps + 1) / 2
+    (-total / (len(x) * sum_of_w)).backward()
+    return length / steps
 
 
 def last_gradient(model, x, x_adv, y, objective):
-    """g_T, (B, C, H, W), from a pass of its own, and the inner losses, (B,)."""
+    """g_T, (B, C, H, W), where no update of θ computes it, and the inner losses, (B,)."""
     with eval_mode(model):
         return input_gradient(model, x_adv, objective, objective.target(model, x, y))
 
@@ -189,37 +199,33 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
         update(losses.mean(), (opt_phi, PHI_CLIP))
     if not opt_phi.state:
         raise InputError("train_optimizer got no batch: was the generator used before?")
-    return optimizer.eval()
+    return optimizer
 
 
 # ---- 3. One training step ------------------------------------------------------------------------
 
-CLIP = 5.0  # the largest norm of θ's gradient
-PHI_CLIP = 1.0  # the largest norm of φ's gradient
-
-
-def descend(model, x, x_adv, y, objective, opt_theta):
-    """Compute θ's gradient: of the outer loss, in the model's own mode. Returns the loss."""
+def theta_gradient(model, x, x_adv, y, objective, opt_theta):
+    """Backpropagate the outer loss to the weights θ, in the model's own mode. Returns the loss."""
     opt_theta.zero_grad()
     loss = objective.outer_loss(model, x, x_adv, y)
     loss.backward()
     return loss.detach()
 
 
-def update(loss, *players):
-    """For each pair (torch optimizer, largest norm), clip the gradient and step.
+def update(loss, *pairs):
+    """For each pair of a torch optimizer and the largest norm: clip the gradient, then step.
 
     If the loss or a gradient is NaN or infinite, no weight moves and FloatingPointError is raised.
-    Returns the norms before clipping.
+    The statistics of batch norm may have moved. Returns the norms before clipping.
     """
     norms = []
-    for opt, clip in players:
+    for opt, clip in pairs:
         weights = [weight for group in opt.param_groups for weight in group["params"]]
         norms.append(nn.utils.clip_grad_norm_(weights, clip))
     loss, *norms = torch.stack([loss, *norms]).tolist()
     if not all(map(math.isfinite, [loss, *norms])):
         raise FloatingPointError(f"the loss {loss} or a gradient norm in {norms} is not finite")
-    for opt, _ in players:
+    for opt, _ in pairs:
         opt.step()
     return norms
 
@@ -229,12 +235,13 @@ def train_step_pgd(model, x, y, *, opt_theta, eps, step_size, steps=10, objectiv
     """One step of AdvTrain or TRADES: PGD finds x', θ descends on it.
 
     opt_theta: the torch optimizer of the model's weights; clip: the largest norm of θ's gradient;
-    log: a list that receives a dictionary; the rest as for baselines.pgd. Returns the outer loss,
-    a scalar. Raises InputError and FloatingPointError.
+    log: a list that receives a dictionary: the loss, the norm of θ's gradient ("theta_norm") and
+    whether it was clipped; the rest as for baselines.pgd. Returns the outer loss, a scalar.
+    Raises InputError and FloatingPointError.
     """
     x_adv = pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective,
                 start=start, decay=decay, line_search=line_search)
-    loss = descend(model, x, x_adv, y, objective, opt_theta)
+    loss = theta_gradient(model, x, x_adv, y, objective, opt_theta)
     theta_norm, = update(loss, (opt_theta, clip))
     if log is not None:
         log.append({"loss": loss.item(), "theta_norm": theta_norm, "clipped": theta_norm > clip})
@@ -245,20 +252,25 @@ def train_step_learned(model, optimizer, x, y, *, opt_theta, opt_phi, eps, steps
                        objective=AdvTrain(), start="gaussian", phi_share=1 / 16, clip=CLIP,
                        log=None):
     """One step of RNN-Adv or RNN-TRADES: the learned optimizer finds x', θ descends on it, and φ
-    ascends along the gradients that were met on the way. opt_phi: the torch optimizer of φ;
-    phi_share: of the images, those from which φ learns; the rest as for train_step_pgd."""
+    ascends along the gradients that were met on the way.
+
+    opt_phi: the torch optimizer of φ; phi_share: the share of the images, the first ones of the
+    batch, from which φ learns. log: also "phi_norm", and "length" from phi_gradient. The rest is
+    as for train_step_pgd.
+    """
     trace = []
     x_adv = learned_attack(model, optimizer, x, y, eps=eps, steps=steps, objective=objective,
                            start=start, trace=trace)
-    if type(objective) in (AdvTrain, Trades):
-        # As a function of x', their outer loss is beta times the batch mean of the inner one, so
-        # θ's backward pass computes g_T as well (with batch norm, the one in training mode).
-        loss = descend(model, x, x_adv.requires_grad_(), y, objective, opt_theta)
+    if type(objective) in (AdvTrain, Trades):  # exactly these: a subclass may have another loss
+        # As a function of x', the outer loss is beta times the batch mean of the inner one, so θ's
+        # backward pass computes g_T as well. With batch norm this is the g_T of training mode,
+        # where an image also acts on the others of the batch.
+        loss = theta_gradient(model, x, x_adv.requires_grad_(), y, objective, opt_theta)
         g_T = x_adv.grad * (len(x) / objective.beta)
     else:
         g_T, _ = last_gradient(model, x, x_adv, y, objective)
-        loss = descend(model, x, x_adv, y, objective, opt_theta)
-    n = math.ceil(phi_share * len(x))
+        loss = theta_gradient(model, x, x_adv, y, objective, opt_theta)
+    n = max(1, math.ceil(phi_share * len(x)))
     x_0, *gradients = [part[:n] for part in (*trace, g_T)]
     opt_phi.zero_grad()
     length = phi_gradient(optimizer, x[:n], x_0, gradients, eps)
@@ -285,10 +297,11 @@ def train(settings, model=None, data=None):
     """Train a classifier by settings.method. Prints a row per epoch, and returns the rows.
 
     settings: from get_args; model, data: your own nn.Module and Dataset, in place of those named
-    there. best.pt has the best accuracy under PGD-10 (`plain`: natural) on held-out training
-    images. settings.resume: go on after the last finished epoch. In one process, on the same kind
-    of CPU with as many threads, the weights then end the same, bit for bit. Raises InputError
-    before anything is written, and FloatingPointError.
+    there (then set eps, epochs and lr, whose defaults are for the small CNN). best.pt has the best
+    accuracy under PGD-10 (`plain`: natural) on held-out training images. With settings.resume, the
+    training goes on after its last finished epoch; in one process, on the same kind of CPU with as
+    many threads, it ends in the same weights, bit for bit. Raises InputError before anything is
+    written, and FloatingPointError.
     """
     settings = check_settings(settings)
     rank, world, device = start_process(settings.device)
@@ -302,7 +315,7 @@ def train(settings, model=None, data=None):
     batch_size = min(settings.batch_size, len(x_train)) // world * world
     if batch_size < 2 * world:
         raise InputError(f"{batch_size} images per step are too few for {world} process(es)")
-    steps = len(x_train) // batch_size
+    steps_per_epoch = len(x_train) // batch_size
 
     # ---- The classifier f_θ and the learned optimizer m_φ
     torch.manual_seed(settings.seed)
@@ -312,12 +325,13 @@ def train(settings, model=None, data=None):
     else:
         settings.model = OWN
     model.to(device)
-    last = y_train.argmax()
-    evaluate(model, x_train[last, None].float() / 255, y_train[last, None], {})  # does it fit?
-    objective, maximizer = METHODS[settings.method]
-    objective = Trades(settings.beta) if objective is Trades else objective()
+    i = data.y_train.argmax()  # try the model on an image of the highest class
+    evaluate(model, data.x_train[i, None].to(device) / 255, data.y_train[i, None].to(device), {})
+    kind, maximizer = METHODS[settings.method]
+    objective = Trades(settings.beta) if kind is Trades else kind()
     opt_theta = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
-    parts = {"model": getattr(model, "_orig_mod", model), "opt_theta": opt_theta}  # not compiled
+    # A model from torch.compile has the plain one inside, whose weights are saved.
+    parts = {"model": getattr(model, "_orig_mod", model), "opt_theta": opt_theta}
     optimizer = None
     if maximizer == "learned":
         optimizer = LearnedOptimizer(cell=settings.cell).to(device)
@@ -344,16 +358,17 @@ def train(settings, model=None, data=None):
         torch.manual_seed(int(rng.integers(2 ** 60)) + rank)
         model.train()
         log = []
-        for step in progress(range(steps), f"epoch {epoch}"):
+        for step in progress(range(steps_per_epoch), f"epoch {epoch}"):
             batch = order[step * batch_size:(step + 1) * batch_size][rank::world]
             x = x_train[batch]
             y = y_train[batch]
             if settings.dataset == "cifar10":
                 x = augment(x, settings.padding)
             x = x.float() / 255
-            # One cycle: the rates rise for a third of the training, then fall to 0. eps may grow.
-            done = (epoch - 1 + (step + 0.5) / steps) / settings.epochs
+            done = (epoch - 1 + (step + 0.5) / steps_per_epoch) / settings.epochs
+            # One cycle: the learning rates rise for a third of the training, then fall to 0.
             cycle = min(3 * done, 1.5 * (1 - done))
+            # eps grows during eps_warmup, a share of the training.
             ramp = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
             opt_theta.param_groups[0]["lr"] = settings.lr * cycle
             common = {"opt_theta": opt_theta, "eps": ramp * settings.eps, "steps": settings.steps,
@@ -361,7 +376,7 @@ def train(settings, model=None, data=None):
                       "log": log}
             try:
                 if maximizer is None:
-                    loss = descend(model, x, x, y, objective, opt_theta)
+                    loss = theta_gradient(model, x, x, y, objective, opt_theta)
                     theta_norm, = update(loss, (opt_theta, settings.clip))
                     log.append({"loss": loss.item(), "clipped": theta_norm > settings.clip})
                 elif maximizer == "pgd":
@@ -372,9 +387,10 @@ def train(settings, model=None, data=None):
                     train_step_learned(model, optimizer, x, y, opt_phi=opt_phi,
                                        phi_share=settings.phi_share, **common)
             except FloatingPointError as error:
-                raise FloatingPointError(f"epoch {epoch}, step {step + 1}: {error}") from None
+                raise FloatingPointError(f"epoch {epoch}, step {step + 1}: {error}; the epochs "
+                                         "before it are saved") from None
 
-        correct, _ = evaluate(model, x_held.float() / 255, y_held, attacks)
+        correct, _ = evaluate(model, x_held.float() / 255, y_held, attacks, eps=settings.eps)
         row = {key: np.mean([entry[key] for entry in log]).item() for key in log[0]}
         row.update(epoch=epoch, accuracy=means(correct), seconds=round(time.time() - begin, 1))
         rows.append(row)
@@ -414,8 +430,9 @@ def start_process(device):
 def share_gradients(*modules):
     """Give every process the weights of the first one, and from now on the mean gradients."""
     def average(weight):
-        distributed.all_reduce(weight.grad)
-        weight.grad /= distributed.get_world_size()
+        if distributed.is_initialized():  # during the training, not afterwards
+            distributed.all_reduce(weight.grad)
+            weight.grad /= distributed.get_world_size()
 
     for module in modules:
         for tensor in module.state_dict().values():
@@ -457,7 +474,7 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint.get("format") == FORMAT:
             return checkpoint
-    raise InputError(f"{path} is of an earlier edition: commit d36af19 can read it")
+    raise InputError(f"{path} is not of this edition: try commit d36af19 of this repository")
 
 
 def restore(folder, settings, parts):
@@ -469,7 +486,7 @@ def restore(folder, settings, parts):
         raise InputError(f"{folder} already contains a run: use --resume, or choose another --out")
     checkpoint = read_checkpoint(path)
     for name, before in checkpoint["settings"].items():
-        if before != getattr(settings, name) and name not in ("out", "device"):
+        if before != getattr(settings, name, None) and name not in ("out", "device"):
             raise InputError(f"{folder} was trained with {name} = {before}: resume it with that")
     with reading(path):
         for name, part in parts.items():
@@ -495,9 +512,10 @@ def load_run(folder, which="best", device="cpu", model=None):
         if "optimizer" in checkpoint:
             optimizer = LearnedOptimizer(cell=settings.cell)
             optimizer.load_state_dict(checkpoint["optimizer"])
-            optimizer.to(device).eval()
     if model is None:
         raise InputError(f"{path} holds a model of your own: use load_run(…, model=…) in Python")
+    if optimizer is not None:
+        optimizer.to(device)
     return model.to(device).eval(), optimizer, settings
 
 
@@ -506,8 +524,8 @@ def load_run(folder, which="best", device="cpu", model=None):
 def make_attacks(names, eps, optimizer):
     """pgd-N, cw-N and learned-N, with N steps each → {name: callable(model, x, y) → x_adv}.
 
-    PGD takes steps of eps/4. All ascend the cross-entropy, or C&W's margin: they are stronger
-    attacks than TRADES' KL. Without an optimizer, the learned ones are left out.
+    All start near x. PGD takes steps of eps/4. They ascend the cross-entropy, or C&W's margin:
+    both are stronger attacks than TRADES' KL. Without an optimizer, there is no learned attack.
     """
     attacks = {}
     for name in names:
@@ -535,6 +553,8 @@ def eval_runs(args):
     if len(kinds) > 1:
         raise InputError("these runs differ in data set or eps: make a table of each kind")
     (dataset, eps), = kinds
+    if dataset == OWN:
+        raise InputError("these runs are of data of your own: use load_run and evaluate in Python")
     names = args.attacks.split(",")
     make_attacks(names, eps, None)  # so that an unknown name is noticed before the first attack
     data = load_dataset(dataset, args.data_dir)
@@ -545,11 +565,11 @@ def eval_runs(args):
     columns = ["natural", *names, "worst"]
     width = max(map(len, args.runs))
     print(f"{dataset}, eps = {255 * eps:g}/255, {len(x)} test images, {args.checkpoint} "
-          f"checkpoint, attack seed {args.seed}; accuracy in %")
+          f"checkpoint, attack seed {args.seed}; accuracy in %, worst: under all of a row's attacks")
     print(f"{'run':{width}}" + "".join(f"{name:>12}" for name in columns))
     for folder, (model, optimizer, settings) in runs.items():
         attacks = make_attacks(names, eps, optimizer or lent)
-        correct, loss = evaluate(model, x, y, attacks, seed=args.seed)
+        correct, loss = evaluate(model, x, y, attacks, eps=eps, seed=args.seed)
         accuracy = means(correct)
         cells = [f"{100 * accuracy[name]:.2f}" if name in accuracy else "-" for name in columns]
         print(f"{folder:{width}}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
@@ -604,21 +624,21 @@ def get_args(argv=None):
     add("--method", choices=METHODS, default="rnn-adv", help="default %(default)s")
     add("--dataset", choices=DATASETS, default="synthetic", help="default %(default)s")
     add("--model", choices=MODELS, help="default: small; mnist cnn4; cifar10 vgg16")
-    add("--padding", type=number(0, 32, int), help="of random crops, cifar10; default 4, small 0")
-    add("--start", choices=("gaussian", "uniform"), default="gaussian", help="of the attacks")
+    add("--padding", type=number(0, 32, int), help="of random crops; small, cnn4: default 0, else 4")
+    add("--start", choices=("gaussian", "uniform"), default="gaussian", help="of training's attacks")
     add("--steps", type=count, default=10, help="T, steps of the attack; default 10")
-    add("--eps-warmup", type=number(0, 1), help="share of the training in which eps grows from 0")
-    add("--step-size", type=pixels, help="of PGD; default eps/4, or eps if it changes")
+    add("--eps-warmup", type=number(0, 1), help="share of training in which eps grows; small, cnn4: 0.25")
+    add("--step-size", type=pixels, help="of PGD; default eps/4; with a decay or search eps")
     add("--decay", action="store_true", help="PGD with a decaying step size")
     add("--line-search", action="store_true", help="PGD with a line search")
     add("--beta", type=positive, default=6.0, help="weight of the KL in TRADES; default 6")
     add("--cell", choices=("lstm", "rnn"), default="lstm", help="of the learned optimizer")
     add("--phi-lr", type=positive, default=0.01, help="its peak learning rate; default 0.01")
-    add("--phi-share", type=number(1e-9, 1), default=1 / 16, help="of the images; default 1/16")
+    add("--phi-share", type=number(1e-9, 1), default=1 / 16, help="of images, for φ; default 1/16")
     add("--clip", type=number(1e-9, math.inf), default=CLIP, help="θ's gradient norm; default 5")
     add("--epochs", type=count, help="default 3; cifar10 30")
     add("--batch-size", type=count, help="default 64 for small and cnn4, else 128")
-    add("--lr", type=positive, help="peak learning rate of the classifier")
+    add("--lr", type=positive, help="of the classifier, at its peak; the default depends on it")
     add("--resume", action="store_true", help="go on after the last finished epoch, or begin")
     evaluator = commands.add_parser("eval", help="attack trained classifiers")
     add = evaluator.add_argument
@@ -628,14 +648,11 @@ def get_args(argv=None):
     add("--lend", metavar="RUN", help="let the optimizer of RUN attack the runs that have none")
     for add in (trainer.add_argument, evaluator.add_argument):
         add("--eps", type=pixels, help="radius; default 8/255, mnist 0.3; eval: as in training")
-        add("--limit", type=count, help="first images; default all, eval without CUDA 1000")
+        add("--limit", type=count, help="number of images; default all, eval without CUDA 1000")
         add("--data-dir", help="default: $MNIST_DIR or $CIFAR10_DIR, else data/")
         add("--seed", type=number(0, 10 ** 9, int), default=0, help="default 0")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    args = parser.parse_args(argv)
-    if args.command == "train":
-        set_defaults(args)
-    return args
+    return parser.parse_args(argv)
 
 
 def set_defaults(args):
@@ -652,16 +669,22 @@ def set_defaults(args):
                          "--line-search and --step-size")
 
 
+NOT_PARSED = (("command", "train"), ("model", OWN), ("dataset", OWN))
+
+
 def check_settings(settings):
-    """Parse the settings again: a caller may have changed them in Python. Returns plain values."""
+    """Parse the settings again, because a caller may have changed them in Python, and fill in the
+    defaults. Returns new settings that have plain values only. Raises InputError."""
     argv = ["train"]
     for name, value in vars(settings).items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             argv.append(flag)
-        elif name != "command" and value is not None and value is not False and value != OWN:
+        elif value is not None and value is not False and (name, value) not in NOT_PARSED:
             argv.append(f"{flag}={value}")
-    return get_args(argv)
+    args = get_args(argv)
+    set_defaults(args)
+    return args
 
 
 def main(argv=None):
@@ -676,7 +699,7 @@ def main(argv=None):
         print(f"l2l_adv.py: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"l2l_adv.py: {error}; the last finished epoch is saved", file=sys.stderr)
+        print(f"l2l_adv.py: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a classifier by each method, attack them all, and print a table of accuracies.
 #
-#     bash run_cifar.sh                CIFAR-10 in $CIFAR10_DIR, or downloaded to data/ (163 MB)
+#     bash run_cifar.sh                CIFAR-10 in $CIFAR10_DIR, or downloaded to data/ (162 MB)
 #     bash run_cifar.sh --synthetic    the embedded data set: no download
 #     bash run_cifar.sh --seed 1       with any flags of `l2l_adv.py train`
 # The same command again goes on after the last finished epoch. Environment variables:
@@ -25,7 +25,7 @@ set -- --dataset "$dataset" "$@"
 python=python3
 if ! python3 -c 'import numpy, torch' 2>/dev/null; then
     python=$here/.venv/bin/python
-    echo "python3 lacks torch or numpy: installing both in $here/.venv"
+    echo "python3 lacks torch or numpy, so $here/.venv is used. Making it takes minutes."
     python3 -m venv "$here/.venv" && "$python" -m pip install --quiet torch numpy ||
         fail "that failed: install torch and numpy yourself, then run this again"
 fi
@@ -38,7 +38,7 @@ if [[ $("$python" -c 'import torch; print(torch.cuda.is_available())') == False 
 fi
 
 mkdir -p "$OUT" && true >"$OUT/.failed" || exit 2
-echo "Methods to train: ${#methods[@]}. Folder: $OUT. By default this takes about 12 minutes on two" \
+echo "Methods: ${#methods[@]}. Folder: $OUT. By default this takes about 12 minutes on two" \
     "cores, and about a minute with --synthetic. It is not timed yet with CUDA."
 train_one() { # by method $1, with the flags that follow; its name begins each line
     "$python" "$here/l2l_adv.py" train "${@:2}" --method "$1" --out "$OUT/$1" --resume 2>&1 |
