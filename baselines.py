@@ -233,7 +233,7 @@ def attacked_logits(name, attack, model, x, y, eps):
     """Attack a batch, check what the attack returns, and return the logits there, (B, classes)."""
     x_adv = attack(model, x, y)
     if x_adv.isnan().any():  # it would pass for a perfect attack
-        raise FloatingPointError(f"{name}: the attack returned NaN, as it does if a gradient is NaN")
+        raise FloatingPointError(f"{name}: the attack returned NaN: is the model's gradient NaN?")
     if x_adv.shape != x.shape or x_adv.min() < -SLACK or x_adv.max() > 1 + SLACK:
         raise InputError(f"the attack {name!r} did not return images in [0, 1]")
     if eps is not None and (x_adv - x).abs().max() > eps + SLACK:
@@ -457,7 +457,7 @@ def reading(path):
     except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
             RuntimeError, pickle.UnpicklingError, zlib.error) as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise InputError(f"cannot use {path}: it is missing, damaged or does not fit ({message})") from None
+        raise InputError(f"cannot use {path}: missing, damaged or unsuitable ({message})") from None
 
 
 def read_mnist(folder, suffix):

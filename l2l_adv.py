@@ -459,7 +459,7 @@ def save(folder, settings, parts, rows):
 
 
 def write(path, content):
-    """Write a text or a checkpoint beside `path`, then rename it, so that it is never half there."""
+    """Write a text or a checkpoint beside `path`, then rename it: it is never half there."""
     beside = Path(f"{path}.tmp")
     if isinstance(content, str):
         beside.write_text(content)
@@ -565,7 +565,7 @@ def eval_runs(args):
     columns = ["natural", *names, "worst"]
     width = max(map(len, args.runs))
     print(f"{dataset}, eps = {255 * eps:g}/255, {len(x)} test images, {args.checkpoint} "
-          f"checkpoint, attack seed {args.seed}; accuracy in %, worst: under all of a row's attacks")
+          f"checkpoint, attack seed {args.seed}; accuracy in %, worst: all attacks of the row")
     print(f"{'run':{width}}" + "".join(f"{name:>12}" for name in columns))
     for folder, (model, optimizer, settings) in runs.items():
         attacks = make_attacks(names, eps, optimizer or lent)
@@ -624,10 +624,10 @@ def get_args(argv=None):
     add("--method", choices=METHODS, default="rnn-adv", help="default %(default)s")
     add("--dataset", choices=DATASETS, default="synthetic", help="default %(default)s")
     add("--model", choices=MODELS, help="default: small; mnist cnn4; cifar10 vgg16")
-    add("--padding", type=number(0, 32, int), help="of random crops; small, cnn4: default 0, else 4")
-    add("--start", choices=("gaussian", "uniform"), default="gaussian", help="of training's attacks")
+    add("--padding", type=number(0, 32, int), help="of random crops; small, cnn4: 0, else 4")
+    add("--start", choices=("gaussian", "uniform"), default="gaussian", help="in training")
     add("--steps", type=count, default=10, help="T, steps of the attack; default 10")
-    add("--eps-warmup", type=number(0, 1), help="share of training in which eps grows; small, cnn4: 0.25")
+    add("--eps-warmup", type=number(0, 1), help="share of training in which eps grows from 0")
     add("--step-size", type=pixels, help="of PGD; default eps/4; with a decay or search eps")
     add("--decay", action="store_true", help="PGD with a decaying step size")
     add("--line-search", action="store_true", help="PGD with a line search")
@@ -701,6 +701,8 @@ def main(argv=None):
     except FloatingPointError as error:
         print(f"l2l_adv.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -252,8 +252,8 @@ def test_an_attack_meets_the_same_randomness_whatever_else_is_listed():
 
 
 @pytest.mark.parametrize("attack, words", [
-    (lambda m, x, y: x[:, :1], "not return images"), (lambda m, x, y: x + 2e-6, "not return images"),
-    (lambda m, x, y: x - 2e-6, "images"), (lambda m, x, y: 1 - x, "by more than eps = 0.1"),
+    (lambda m, x, y: x[:, :1], "not return images"), (lambda m, x, y: x + 2e-6, "not return"),
+    (lambda m, x, y: x - 2e-6, "not return"), (lambda m, x, y: 1 - x, "by more than eps = 0.1"),
     (lambda m, x, y: x * math.nan, "bad: the attack returned NaN"),
     (attacks(0.1)["pgd"], "the attack returned NaN"), (attacks(0.1)["learned"], "returned NaN")])
 def test_evaluate_refuses_an_attack_that_returns_something_else(attack, words):
@@ -749,7 +749,7 @@ def test_every_method_trains_and_is_evaluated(tiny, capsys, method):
     assert main(["eval", "run", "--limit", "4"]) == 0
     heading, columns, row = capsys.readouterr().out.splitlines()
     assert heading == ("cifar10, eps = 8/255, 4 test images, best checkpoint, attack seed 0; "
-                       "accuracy in %, worst: under all of a row's attacks")
+                       "accuracy in %, worst: all attacks of the row")
     accuracy = json.loads(Path("run/eval.json").read_text())["accuracy"]
     assert list(accuracy) == ["natural", "pgd-10", "pgd-100", "cw-100", *learned, "worst"]
     assert row.split() == ["run", *(f"{100 * accuracy[name]:.2f}" if name in accuracy else "-"
@@ -1079,7 +1079,7 @@ def returning(function):
     (lambda: hold_out(Dataset(X.byte(), Y, X, Y)), "five or more"),
     (lambda: hold_out(Dataset(X.repeat(9, 1, 1, 1), Y.repeat(9), X, Y)), "uint8"),
     (lambda: hold_out(Dataset(X.byte().repeat(9, 1, 1, 1), Y, X, Y)), "as many labels"),
-    (lambda: load_run("nowhere"), "missing, damaged or does not fit")])
+    (lambda: load_run("nowhere"), "missing, damaged or unsuitable")])
 def test_python_calls_refuse_bad_input(wrong, words):
     with pytest.raises(InputError, match=words):
         wrong()
