@@ -33,8 +33,8 @@ jobs=1
 eval_flags=${TEST_LIMIT:+--limit $TEST_LIMIT}
 if [[ $("$python" -c 'import torch; print(torch.cuda.is_available())') == False ]]; then
     jobs=2
-    set -- --model small --epochs 3 --steps 5 --limit 38000 "$@"
-    eval_flags="--attacks pgd-100,cw-100,learned-10 --limit ${TEST_LIMIT:-500}"
+    set -- --model small --epochs 3 --steps 4 --limit 32000 "$@"
+    eval_flags="--attacks pgd-20,cw-20,learned-10 --limit ${TEST_LIMIT:-500}"
 fi
 
 mkdir -p "$OUT" && true >"$OUT/.failed" || exit 2

@@ -1220,3 +1220,67 @@ def test_every_flag_in_the_readme_exists(capsys):
 def test_the_modules_need_no_syntax_newer_than_python_3_9():
     for path in HERE.glob("*.py"):
         ast.parse(path.read_text(), feature_version=(3, 9))
+
+
+STAND_IN = """#!/bin/sh
+# Plays python3 for run_cifar.sh: it has torch unless NO_TORCH is set, no CUDA, and notes its calls.
+case "$*" in
+    *is_available*) echo False; exit ;;
+    -c*) [ -z "$NO_TORCH" ]; exit ;;
+    "-m venv"*) exit 1 ;;
+esac
+echo "$*" >>calls
+case "$*" in *"$FAILS "*) exit ${STATUS:-1} ;; esac
+echo "a row"
+"""
+
+
+@pytest.fixture
+def run_cifar(tmp_path, monkeypatch):
+    """Runs a copy of run_cifar.sh with the stand-in → (status, stdout, stderr, its calls)."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").write_text(STAND_IN)
+    (tmp_path / "bin/python3").chmod(0o755)
+    (tmp_path / "a copy").mkdir()
+    shutil.copy(HERE / "run_cifar.sh", tmp_path / "a copy")
+    monkeypatch.chdir(tmp_path / "a copy")
+
+    def run(*flags, shell="bash", **variables):
+        Path("calls").write_text("")
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        result = subprocess.run([shell, "run_cifar.sh", *flags], capture_output=True, text=True,
+                                env={"PATH": path, "FAILS": "nothing", **variables})
+        calls = Path("calls").read_text().replace(f"{tmp_path}/a copy/l2l_adv.py ", "")
+        return result.returncode, result.stdout, result.stderr, calls.splitlines()
+    return run
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_run_cifar_goes_on_when_a_method_fails_and_says_so(run_cifar, shell):
+    status, out, err, calls = run_cifar("--epochs", "2", shell=shell, FAILS="--method trades",
+                                        METHODS="plain  trades\n rnn-adv", OUT="two words")
+    common = "--model small --epochs 3 --steps 4 --limit 32000 --dataset cifar10 --epochs 2"
+    train_calls = [f"train {common} --method {method} --out two words/{method} --resume"
+                   for method in ("plain", "rnn-adv", "trades")]
+    assert sorted(calls[:-1]) == train_calls and calls[-1].startswith(
+        "eval two words/plain two words/rnn-adv --attacks")
+    assert status == 1 and err == "trades failed with status 1: see above\n"
+    assert out.count("a row") == 3 and "plain       a row" in out
+
+
+def test_run_cifar_gives_every_combination_of_flags_a_folder(run_cifar):
+    for flags, folder in (((), "cifar10"), (("--synthetic",), "synthetic"),
+                          (("--synthetic", "--seed", "1"), "synthetic-seed-1")):
+        status, out, err, calls = run_cifar(*flags)
+        assert status == 0 and err == "" and len(calls) == 6
+        assert calls[-1].startswith(f"eval runs/{folder}/plain runs/{folder}/advtrain ")
+
+
+@pytest.mark.parametrize("flags, variables, words", [
+    (["--out", "x"], {}, "set OUT"), ([], {"OUT": "/proc/x"}, "/proc/x"),
+    ([], {"NO_TORCH": "1"}, "install torch and numpy yourself")])
+def test_run_cifar_stops_at_a_mistake(run_cifar, flags, variables, words):
+    status, _, err, calls = run_cifar(*flags, **variables)
+    assert status == 2 and words in err and err.count("\n") == 1 and calls == []
+    status, _, _, calls = run_cifar("--eps", "8", FAILS="--eps 8", STATUS="2")
+    assert status == 2 and len(calls) == 1  # the first method tells of it, the others do not try

@@ -58,8 +58,9 @@ for _ in range(args.rounds + 1):
             torch.cuda.reset_peak_memory_stats()
         times[method].append(time.perf_counter() - start)
 ms = {method: 1000 * statistics.median(each[1:]) / len(x) for method, each in times.items()}
-heading = (f"{args.model}, batch {len(x)}, T = {args.steps}, {args.cell}, {device}, threads "
-           f"{torch.get_num_threads()}, torch {torch.__version__}, median of {args.rounds} rounds")
+heading = (f"{args.model}, batch {len(x)}, T = {args.steps}, {args.cell}, {device} "
+           f"({torch.backends.cpu.get_cpu_capability()}), threads {torch.get_num_threads()}, torch "
+           f"{torch.__version__}, median of {args.rounds} rounds")
 if args.json:
     result = {"heading": heading, "ms_per_image": ms, "peak_bytes": peak}
     print(json.dumps(result), file=sys.stdout if args.json == "-" else open(args.json, "w"))
