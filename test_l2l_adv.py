@@ -300,7 +300,9 @@ def test_progress_shows_a_bar_on_a_terminal_only(monkeypatch, stderr):
         patch.setattr(time, "time", lambda: next(clock))
         assert list(progress("abcd", "epoch 1")) == list("abcd")
     if isinstance(stderr, Terminal):
-        assert stderr.getvalue().split("\033[K")[2:] == [
+        assert stderr.getvalue().split("\033[K") == [
+            "\repoch 1 [                    ] 40 s left",
+            "\repoch 1 [#####               ] 60 s left",
             "\repoch 1 [##########          ] 30 s left",
             "\repoch 1 [###############     ] 13 s left", "\r", ""]
     else:
