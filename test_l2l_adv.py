@@ -144,7 +144,7 @@ def test_trades_has_beta_6_and_passes_x_and_x_adv_through_batch_norm_together():
     features = model[0](torch.cat([x, x_adv])).detach()
     Trades().outer_loss(model, x, x_adv, y)
     assert torch.allclose(model[1].running_mean, 0.1 * features.mean((0, 2, 3)))
-    assert Trades().beta == 6 and AdvTrain().beta == 1
+    assert Trades().beta == 6 and Trades(beta=0.5).beta == 0.5 and AdvTrain().beta == 1
 
 
 def test_margin_is_the_best_wrong_logit_minus_the_true_one():
@@ -294,7 +294,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("stderr", [None, io.StringIO(), Terminal()])
 def test_progress_shows_a_bar_on_a_terminal_only(monkeypatch, stderr):
-    clock = iter(range(0, 100, 10))
+    clock = iter(range(500, 600, 10))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stderr)
         patch.setattr(time, "time", lambda: next(clock))
@@ -575,6 +575,9 @@ def test_meta_gradient_equals_autograd_through_the_unrolled_losses(cell, objecti
         delta, state = optimizer(normalize_gradient(g), state)
         lengths.append(delta.abs().mean().item())
     assert length.item() == pytest.approx(np.mean(lengths))
+    trace.clear()
+    learned_attack(model, optimizer, x, y, eps=0.2, trace=trace)
+    assert len(trace) == 11  # by default it takes ten steps
 
 
 @pytest.mark.parametrize("cell", ["lstm", "rnn"])
@@ -599,6 +602,8 @@ def test_train_optimizer_follows_autograd_through_a_frozen_classifier(objective)
         gradient = meta_gradient(model, optimizer, x, y, 0.1, 10, objective)
     expected.grad = -clipped(gradient, 1)
     torch.optim.Adam([expected], 0.01).step()
+    for weight in optimizer.parameters():
+        weight.grad = torch.ones_like(weight)  # left over from something else
     got = seeded(7, train_optimizer, model, iter([(x, y)]), eps=0.1, objective=objective,
                  optimizer=optimizer)
     assert got is optimizer and close(weights_of(got), expected, 1e-6)
