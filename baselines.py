@@ -451,7 +451,7 @@ def download_cifar10(folder):
 
 @contextmanager
 def reading(path):
-    """Turn what a missing or damaged file raises into an InputError. MemoryError passes."""
+    """Turn what a missing or damaged file raises into an InputError. Let MemoryError through."""
     try:
         yield
     except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
@@ -560,7 +560,7 @@ def hold_out(data, limit=None):
 
 
 def augment(x, padding):
-    """Random flip, and random crop after padding with black. x: (B, C, H, W) of any type."""
+    """Random flip, and random crop after padding with black. x: (B, C, H, W), any dtype."""
     B, _, H, W = x.shape
     shift = torch.randint(0, 2 * padding + 1, (2, B), device=x.device)
     crops = F.pad(x, [padding] * 4).unfold(2, H, 1).unfold(3, W, 1)  # (B, C, 2p+1, 2p+1, H, W)

@@ -428,7 +428,7 @@ def start_process(device):
 
 
 def share_gradients(*modules):
-    """Give every process the weights of the first one, and from now on the mean gradients."""
+    """Give every process the weights of the first, and the mean of all gradients from now on."""
     def average(weight):
         if distributed.is_initialized():  # during the training, not afterwards
             distributed.all_reduce(weight.grad)
@@ -443,8 +443,8 @@ def share_gradients(*modules):
 
 
 def save(folder, settings, parts, rows):
-    """Write best.pt, if the last row is the best. last.pt is written last: if the process dies
-    before, the epoch is repeated."""
+    """Write best.pt if the last row is the best one, then log.jsonl, then last.pt. If the process
+    dies before last.pt is written, the epoch is repeated."""
     settings = {name: value for name, value in vars(settings).items()
                 if name not in ("command", "resume", "data_dir")}
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -459,7 +459,7 @@ def save(folder, settings, parts, rows):
 
 
 def write(path, content):
-    """Write a text or a checkpoint beside `path`, then rename it: it is never half there."""
+    """Write a text or a checkpoint beside `path`, then rename it: no file is ever half-written."""
     beside = Path(f"{path}.tmp")
     if isinstance(content, str):
         beside.write_text(content)
@@ -487,7 +487,7 @@ def restore(folder, settings, parts):
     checkpoint = read_checkpoint(path)
     for name, before in checkpoint["settings"].items():
         if before != getattr(settings, name, None) and name not in ("out", "device"):
-            raise InputError(f"{folder} was trained with {name} = {before}: resume it with that")
+            raise InputError(f"{folder} was trained with {name} = {before}: use the same to resume")
     with reading(path):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -551,7 +551,7 @@ def eval_runs(args):
         raise InputError(f"{args.lend} has no learned optimizer to lend: choose an rnn- run")
     kinds = {(settings.dataset, args.eps or settings.eps) for _, _, settings in runs.values()}
     if len(kinds) > 1:
-        raise InputError("these runs differ in data set or eps: make a table of each kind")
+        raise InputError("these runs differ in data set or eps: evaluate them separately")
     (dataset, eps), = kinds
     if dataset == OWN:
         raise InputError("these runs are of data of your own: use load_run and evaluate in Python")

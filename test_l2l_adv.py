@@ -1159,7 +1159,7 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(tiny, capsys):
     flags = [*tiny, "plain"]
     assert main(flags) == 0 and is_refused(flags, "already contains a run", capsys)
     before = outcome_of("run")
-    assert is_refused([*flags, "--resume", "--epochs", "5"], "with epochs = 2: resume", capsys)
+    assert is_refused([*flags, "--resume", "--epochs", "5"], "with epochs = 2: use", capsys)
     assert main([*flags, "--resume"]) == 0 and outcome_of("run") == before  # it is finished
     assert main([*flags, "--out", "other", "--seed", "1"]) == 0
     assert outcome_of("other")[2][0]["model"] != before[2][0]["model"]
