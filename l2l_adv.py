@@ -30,7 +30,7 @@ made, the first one against the paper as far as we know it, the others where it 
     batch norm          attacks use its running statistics; θ's update and
                         the free g_T those of the batch, x and x' together
     optimizers          SGD with momentum for θ, Adam for φ, one-cycle       --lr, --phi-lr
-    clipping            θ's gradient to norm 5, φ's to norm 1                --clip inf (θ)
+    clipping            θ's gradient to norm 10, φ's to norm 1               --clip inf (θ)
     small classifiers   batches of 64; eps grows in the first quarter        --eps-warmup 0
 SPDX-License-Identifier: MIT
 """
@@ -40,6 +40,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -53,17 +54,17 @@ from baselines import (DATASETS, MODELS, AdvTrain, InputError, Margin, Trades, a
                        project, random_start, reading)
 
 
-CLIP = 5.0  # the largest norm of θ's gradient
+CLIP = 10.0  # the largest norm of θ's gradient
 PHI_CLIP = 1.0  # the largest norm of φ's gradient
 
 
 # ---- 1. The learned optimizer --------------------------------------------------------------------
 
 class LearnedOptimizer(nn.Module):
-    """m_φ: one recurrent cell, shared by all pixels. Every pixel has a state of its own.
+    """m_φ: one recurrent cell, shared by all pixels, with a state for each pixel.
 
-    cell="lstm" has 450 weights, cell="rnn" has the paper's 120. W is [weight_ih | weight_hh] of
-    nn.LSTMCell or nn.RNNCell without biases. We write the cell out because a training step of a
+    cell="lstm" has 450 weights, cell="rnn" the paper's 120. W is [weight_ih | weight_hh] of
+    nn.LSTMCell or nn.RNNCell without biases. The cell is written out because a training step of a
     small classifier takes 1.5 times as long with nn.LSTMCell.
     """
 
@@ -79,8 +80,7 @@ class LearnedOptimizer(nn.Module):
         self.W_out = nn.Parameter(torch.empty(1, hidden_size))
         nn.init.uniform_(self.W, -bound, bound)
         # The weights from u to the candidate and from h to δ are positive, so that the first step
-        # follows the sign of the gradient. The gates of an LSTM shrink it, so its weights are
-        # larger. A first step is then about eps/5 long.
+        # follows the sign of the gradient. They are larger in an LSTM, whose gates shrink the step.
         nn.init.uniform_(self.W_out, 0, bound)
         if cell == "lstm":
             nn.init.uniform_(self.W[2 * hidden_size:3 * hidden_size, 0], 0, 5 * bound)
@@ -182,9 +182,9 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
                     lr=0.01):
     """Train φ alone, with Adam, against a classifier that does not change.
 
-    batches: an iterable of x (B, C, H, W) in [0, 1] and y (B,), such as a DataLoader; each gives
-    one update. optimizer: the LearnedOptimizer to train further, default a new one. Returns it.
-    Raises InputError and FloatingPointError.
+    batches: an iterable of x (B, C, H, W) in [0, 1] and y (B,), such as a DataLoader. optimizer:
+    the LearnedOptimizer to train further, default a new one. Returns it. Raises InputError and
+    FloatingPointError.
     """
     if optimizer is None:
         optimizer = LearnedOptimizer()
@@ -196,9 +196,7 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
         g_T, losses = last_gradient(model, x, x_adv, y, objective)
         opt_phi.zero_grad()
         phi_gradient(optimizer, x, trace[0], [*trace[1:], g_T], eps)
-        update(losses.mean(), (opt_phi, PHI_CLIP))
-    if not opt_phi.state:
-        raise InputError("train_optimizer got no batch: was the generator used before?")
+        update(losses.mean(), phi=(optimizer, opt_phi, PHI_CLIP))
     return optimizer
 
 
@@ -212,22 +210,26 @@ def theta_gradient(model, x, x_adv, y, objective, opt_theta):
     return loss.detach()
 
 
-def update(loss, *pairs):
-    """For each pair of a torch optimizer and the largest norm: clip the gradient, then step.
+def update(loss, **players):
+    """Clip the gradients of every player, then let them step: both networks move, or neither.
 
-    If the loss or a gradient is NaN or infinite, no weight moves and FloatingPointError is raised.
-    The statistics of batch norm may have moved. Returns the norms before clipping.
+    players: theta=(model, opt_theta, clip), phi=(optimizer, opt_phi, clip). Returns the loss and
+    the norms before clipping. Raises FloatingPointError if one of these numbers is not finite (the
+    statistics of batch norm have moved then), and InputError if opt has only other weights.
     """
-    norms = []
-    for opt, clip in pairs:
+    numbers = {"loss": loss}
+    for name, (network, opt, clip) in players.items():
         weights = [weight for group in opt.param_groups for weight in group["params"]]
-        norms.append(nn.utils.clip_grad_norm_(weights, clip))
-    loss, *norms = torch.stack([loss, *norms]).tolist()
-    if not all(map(math.isfinite, [loss, *norms])):
-        raise FloatingPointError(f"the loss {loss} or a gradient norm in {norms} is not finite")
-    for opt, _ in pairs:
+        if set(weights).isdisjoint(network.parameters()):
+            raise InputError(f"opt_{name} holds no weight of the {type(network).__name__} that it "
+                             "should move: are opt_theta and opt_phi swapped?")
+        numbers[f"{name}_norm"] = nn.utils.clip_grad_norm_(weights, clip)
+    numbers = dict(zip(numbers, torch.stack([*numbers.values()]).tolist()))
+    if not all(map(math.isfinite, numbers.values())):
+        raise FloatingPointError(f"a loss or gradient is not finite: {numbers}")
+    for _, opt, _ in players.values():
         opt.step()
-    return norms
+    return numbers
 
 
 def train_step_pgd(model, x, y, *, opt_theta, eps, step_size, steps=10, objective=AdvTrain(),
@@ -235,16 +237,15 @@ def train_step_pgd(model, x, y, *, opt_theta, eps, step_size, steps=10, objectiv
     """One step of AdvTrain or TRADES: PGD finds x', θ descends on it.
 
     opt_theta: the torch optimizer of the model's weights; clip: the largest norm of θ's gradient;
-    log: a list that receives a dictionary: the loss, the norm of θ's gradient ("theta_norm") and
-    whether it was clipped; the rest as for baselines.pgd. Returns the outer loss, a scalar.
-    Raises InputError and FloatingPointError.
+    log: a list that receives the numbers from update; the rest as for baselines.pgd. Returns the
+    outer loss, a scalar. Raises InputError and FloatingPointError.
     """
     x_adv = pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, objective=objective,
                 start=start, decay=decay, line_search=line_search)
     loss = theta_gradient(model, x, x_adv, y, objective, opt_theta)
-    theta_norm, = update(loss, (opt_theta, clip))
+    numbers = update(loss, theta=(model, opt_theta, clip))
     if log is not None:
-        log.append({"loss": loss.item(), "theta_norm": theta_norm, "clipped": theta_norm > clip})
+        log.append(numbers)
     return loss
 
 
@@ -255,8 +256,8 @@ def train_step_learned(model, optimizer, x, y, *, opt_theta, opt_phi, eps, steps
     ascends along the gradients that were met on the way.
 
     opt_phi: the torch optimizer of φ; phi_share: the share of the images, the first ones of the
-    batch, from which φ learns. log: also "phi_norm", and "length" from phi_gradient. The rest is
-    as for train_step_pgd.
+    batch, from which φ learns. log: also receives the "length" from phi_gradient. The rest is as
+    for train_step_pgd.
     """
     trace = []
     x_adv = learned_attack(model, optimizer, x, y, eps=eps, steps=steps, objective=objective,
@@ -274,10 +275,9 @@ def train_step_learned(model, optimizer, x, y, *, opt_theta, opt_phi, eps, steps
     x_0, *gradients = [part[:n] for part in (*trace, g_T)]
     opt_phi.zero_grad()
     length = phi_gradient(optimizer, x[:n], x_0, gradients, eps)
-    theta_norm, phi_norm = update(loss, (opt_theta, clip), (opt_phi, PHI_CLIP))
+    numbers = update(loss, theta=(model, opt_theta, clip), phi=(optimizer, opt_phi, PHI_CLIP))
     if log is not None:
-        log.append({"loss": loss.item(), "theta_norm": theta_norm, "clipped": theta_norm > clip,
-                    "phi_norm": phi_norm, "length": length.item()})
+        log.append({**numbers, "length": length.item()})
     return loss
 
 
@@ -296,12 +296,11 @@ OWN = "own"  # what the settings call a model or a data set that the caller brou
 def train(settings, model=None, data=None):
     """Train a classifier by settings.method. Prints a row per epoch, and returns the rows.
 
-    settings: from get_args; model, data: your own nn.Module and Dataset, in place of those named
-    there (then set eps, epochs and lr, whose defaults are for the small CNN). best.pt has the best
-    accuracy under PGD-10 (`plain`: natural) on held-out training images. With settings.resume, the
-    training goes on after its last finished epoch; in one process, on the same kind of CPU with as
-    many threads, it ends in the same weights, bit for bit. Raises InputError before anything is
-    written, and FloatingPointError.
+    settings: from get_args; model, data: your own nn.Module and Dataset (then set eps, epochs and
+    lr, whose defaults are for the small CNN). best.pt has the best accuracy under PGD-10 (`plain`:
+    natural) on held-out training images. With settings.resume, the training goes on after its last
+    finished epoch, and ends in the same weights, bit for bit (in one process, on the same kind of
+    CPU with as many threads). Raises InputError before anything is written, and FloatingPointError.
     """
     settings = check_settings(settings)
     rank, world, device = start_process(settings.device)
@@ -346,6 +345,7 @@ def train(settings, model=None, data=None):
         share_gradients(*(part for part in parts.values() if isinstance(part, nn.Module)))
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # can we write there?
         print(f"{settings.method}, {settings.dataset} ({len(x_train)} images), {settings.model}, "
               f"eps = {255 * settings.eps:g}/255, T = {settings.steps}, seed {settings.seed}, "
               f"{device}; accuracy in % on {len(x_held)} held-out images")
@@ -377,8 +377,7 @@ def train(settings, model=None, data=None):
             try:
                 if maximizer is None:
                     loss = theta_gradient(model, x, x, y, objective, opt_theta)
-                    theta_norm, = update(loss, (opt_theta, settings.clip))
-                    log.append({"loss": loss.item(), "clipped": theta_norm > settings.clip})
+                    log.append(update(loss, theta=(model, opt_theta, settings.clip)))
                 elif maximizer == "pgd":
                     train_step_pgd(model, x, y, step_size=ramp * settings.step_size,
                                    decay=settings.decay, line_search=settings.line_search, **common)
@@ -392,6 +391,7 @@ def train(settings, model=None, data=None):
 
         correct, _ = evaluate(model, x_held.float() / 255, y_held, attacks, eps=settings.eps)
         row = {key: np.mean([entry[key] for entry in log]).item() for key in log[0]}
+        row["clipped"] = np.mean([entry["theta_norm"] > settings.clip for entry in log]).item()
         row.update(epoch=epoch, accuracy=means(correct), seconds=round(time.time() - begin, 1))
         rows.append(row)
         if rank == 0:
@@ -405,8 +405,8 @@ def train(settings, model=None, data=None):
 
 
 def means(tensors):
-    """The mean of each tensor in a dictionary, such as the accuracies from evaluate."""
-    return {name: tensor.double().mean().item() for name, tensor in tensors.items()}
+    """The mean of each tensor in a dictionary, in float64, which some devices lack."""
+    return {name: np.mean(tensor.tolist()).item() for name, tensor in tensors.items()}
 
 
 def start_process(device):
@@ -553,8 +553,6 @@ def eval_runs(args):
     if len(kinds) > 1:
         raise InputError("these runs differ in data set or eps: evaluate them separately")
     (dataset, eps), = kinds
-    if dataset == OWN:
-        raise InputError("these runs are of data of your own: use load_run and evaluate in Python")
     names = args.attacks.split(",")
     make_attacks(names, eps, None)  # so that an unknown name is noticed before the first attack
     data = load_dataset(dataset, args.data_dir)
@@ -567,6 +565,7 @@ def eval_runs(args):
     print(f"{dataset}, eps = {255 * eps:g}/255, {len(x)} test images, {args.checkpoint} "
           f"checkpoint, attack seed {args.seed}; accuracy in %, worst: all attacks of the row")
     print(f"{'run':{width}}" + "".join(f"{name:>12}" for name in columns))
+    problems = []
     for folder, (model, optimizer, settings) in runs.items():
         attacks = make_attacks(names, eps, optimizer or lent)
         correct, loss = evaluate(model, x, y, attacks, eps=eps, seed=args.seed)
@@ -576,7 +575,12 @@ def eval_runs(args):
         result = {"settings": vars(settings), "eps": eps, "images": len(x), "seed": args.seed,
                   "checkpoint": args.checkpoint, "lent_by": None if optimizer else args.lend,
                   "accuracy": accuracy, "loss": means(loss)}
-        write(Path(folder, "eval.json"), json.dumps(result, indent=1) + "\n")
+        try:
+            write(Path(folder, "eval.json"), json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError(f"the table is complete, but not every eval.json: {'; '.join(problems)}")
 
 
 PRESETS = {  # defaults that depend on the data set, and then on the model
@@ -635,7 +639,7 @@ def get_args(argv=None):
     add("--cell", choices=("lstm", "rnn"), default="lstm", help="of φ; default lstm")
     add("--phi-lr", type=positive, default=0.01, help="peak learning rate of φ; default 0.01")
     add("--phi-share", type=number(1e-9, 1), default=1 / 16, help="of images for φ; default 1/16")
-    add("--clip", type=number(1e-9, math.inf), default=CLIP, help="θ's gradient norm; default 5")
+    add("--clip", type=number(1e-9, math.inf), default=CLIP, help="θ's gradient norm; default 10")
     add("--epochs", type=count, help="default 3; cifar10 30")
     add("--batch-size", type=count, help="default 64 for small and cnn4, else 128")
     add("--lr", type=positive, help="peak learning rate of θ; default 0.05 or 0.1, by model")
@@ -675,7 +679,7 @@ NOT_PARSED = (("command", "train"), ("model", OWN), ("dataset", OWN))
 
 def check_settings(settings):
     """Parse the settings again, because a caller may have changed them in Python, and fill in the
-    defaults. Returns new settings that have plain values only. Raises InputError."""
+    defaults. Returns new settings, which have plain values only. Raises InputError."""
     argv = ["train"]
     for name, value in vars(settings).items():
         flag = f"--{name.replace('_', '-')}"
@@ -696,12 +700,9 @@ def main(argv=None):
             train(args)
         else:
             eval_runs(args)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"l2l_adv.py: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"l2l_adv.py: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
     return 0
