@@ -56,11 +56,11 @@ def check_batch(x, y, eps=0.5, steps=1, step_size=0.5):
     """Check images (B, C, H, W) in [0, 1], labels (B,) and the settings of an attack. Returns x,
     clipped to [0, 1], and y, both as new tensors. Raises InputError."""
     if not torch.is_tensor(x) or x.dim() != 4 or not x.is_floating_point() or not len(x):
-        raise InputError(f"images must be a float tensor (B, C, H, W), not {kind(x)}")
+        raise InputError("images must be a float tensor (B, C, H, W)")
     if not (x.min() >= -SLACK and x.max() <= 1 + SLACK):  # NaN is refused too
         raise InputError("images must lie in [0, 1]: divide by 255, and normalize in the model")
     if not torch.is_tensor(y) or y.shape != x.shape[:1] or y.dtype != torch.int64 or y.min() < 0:
-        raise InputError(f"labels must be int64, one per image, 0 or more, not {kind(y)}")
+        raise InputError("labels must be an int64 tensor (B,), one class number per image")
     if not (isinstance(steps, Integral) and steps >= 1):
         raise InputError(f"steps must be a positive whole number, not {steps!r}")
     for name, size in (("eps", eps), ("step_size", step_size)):
@@ -73,20 +73,16 @@ def check_logits(logits, y):
     """Return the logits of a model, (B, classes), if they have a class for every label y, (B,)."""
     classes = max(2, y.max().item() + 1)
     if not torch.is_tensor(logits) or logits.dim() != 2 or logits.shape[1] < classes:
-        raise InputError(f"the model must return logits (B, {classes} or more), not {kind(logits)}")
+        raise InputError(f"the model must return logits (B, {classes} or more), not "
+                         f"{getattr(logits, 'shape', type(logits))}")
     return logits
-
-
-def kind(value):
-    """What a value is, for a message: the type, and of an array the dtype and the shape."""
-    return f"{type(value).__name__} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}"
 
 
 # ---- 2. Objectives -------------------------------------------------------------------------------
 # The attack ascends the inner loss, the classifier descends the outer one.
 
 class AdvTrain:
-    """min_θ max_x' CE(f(x'), y), adversarial training [1]. Other objectives inherit from it."""
+    """min_θ max_x' CE(f(x'), y)  [1]. Other objectives inherit from it."""
 
     beta = 1.0  # as functions of x', the outer loss is beta times the batch mean of the inner one
 
@@ -136,7 +132,7 @@ class Margin(AdvTrain):
 
 @contextmanager
 def eval_mode(model):
-    """Put the model into evaluation mode, and restore the mode of every submodule afterwards."""
+    """Put the model into evaluation mode, then restore the mode of every submodule."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -194,8 +190,8 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
     x: (N, C, H, W) in [0, 1]; y: (N,); attacks: {name: callable(model, x, y) → x_adv}. Returns two
     dictionaries of tensors (N,): whether each image is classified correctly, and its cross-entropy.
     Their keys are "natural" and the attacks; the first has "worst" too: correct under all of them.
-    With eps, an attack that leaves the ball is refused. Raises InputError, and FloatingPointError
-    if logits are NaN or infinite. Warns if over a tenth of the images have a zero gradient.
+    eps: refuse an attack that leaves the ball. Warns if over a tenth of the images have a zero
+    gradient. Raises InputError, and FloatingPointError if logits are NaN or infinite.
     """
     x, y = check_batch(x, y)
     if "natural" in attacks or "worst" in attacks:
@@ -211,7 +207,7 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
                 batch = slice(i, i + batch_size)
                 x_adv = attack(model, x[batch], y[batch])
                 if x_adv.shape != x[batch].shape:
-                    raise InputError(f"the attack {name!r} returned {kind(x_adv)}")
+                    raise InputError(f"the attack {name!r} returned {tuple(x_adv.shape)}")
                 if (x_adv - project(x_adv, x[batch], eps or 1)).abs().max() > SLACK:
                     raise InputError(f"the attack {name!r} left [0, 1] or the ball of radius eps")
                 with torch.no_grad():
@@ -280,9 +276,9 @@ class Classifier(nn.Module):
         return self.layers((x - self.mean) / self.std)
 
 
-def conv(in_channels, out_channels, kernel=3, stride=1):
+def conv(inputs, outputs, kernel=3, stride=1):
     """A convolution before batch norm, so without a bias. It keeps H and W if the stride is 1."""
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, bias=False)
+    return nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False)
 
 
 def bn_relu(channels):
@@ -293,8 +289,7 @@ def bn_relu(channels):
 def SmallCNN(in_channels=1, num_classes=10):
     """Three convolutions with batch norm, 0.13 M weights, quick to train on a CPU."""
     return Classifier(
-        in_channels,
-        conv(in_channels, 32, kernel=4, stride=2), *bn_relu(32),
+        in_channels, conv(in_channels, 32, kernel=4, stride=2), *bn_relu(32),
         conv(32, 64, kernel=4, stride=2), *bn_relu(64), conv(64, 128), *bn_relu(128),
         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128 * 16, num_classes))
 
@@ -302,8 +297,7 @@ def SmallCNN(in_channels=1, num_classes=10):
 def CNN4(in_channels=1, num_classes=10):
     """Four convolutions without batch norm, 0.31 M weights, close to the MNIST model of [2]."""
     model = Classifier(
-        in_channels,
-        nn.Conv2d(in_channels, 32, 3, padding=1), nn.ReLU(),
+        in_channels, nn.Conv2d(in_channels, 32, 3, padding=1), nn.ReLU(),
         nn.Conv2d(32, 32, 4, stride=2, padding=1), nn.ReLU(),
         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
         nn.Conv2d(64, 64, 4, stride=2, padding=1), nn.ReLU(),
@@ -321,11 +315,8 @@ def VGG16(in_channels=3, num_classes=10):
     layers = []
     last = in_channels
     for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
-        if width == 0:
-            layers.append(nn.MaxPool2d(2))
-        else:
-            layers += [conv(last, width), *bn_relu(width)]
-            last = width
+        layers += [conv(last, width), *bn_relu(width)] if width else [nn.MaxPool2d(2)]
+        last = width or last
     layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
     return Classifier(in_channels, *layers)
 
@@ -348,10 +339,9 @@ def ResNet18(in_channels=3, num_classes=10):
     last = 64
     for width in (64, 64, 128, 128, 256, 256, 512, 512):
         stride = width // last
-        body = [conv(last, width, 3, stride), *bn_relu(width), conv(width, width),
-                nn.BatchNorm2d(width)]
+        body = [conv(last, width, 3, stride), *bn_relu(width), conv(width, width)]
         shortcut = [conv(last, width, 1, stride), nn.BatchNorm2d(width)] if stride > 1 else []
-        layers += [Residual(body, shortcut), nn.ReLU()]
+        layers += [Residual([*body, nn.BatchNorm2d(width)], shortcut), nn.ReLU()]
         last = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
     return Classifier(in_channels, *layers)
@@ -361,14 +351,13 @@ def WideResNet(in_channels=3, num_classes=10, depth=34, width=10):
     """WideResNet-34-10 by default, 46.2 M weights (Zagoruyko & Komodakis 2016)."""
     layers = [conv(in_channels, 16)]
     last = 16
-    for channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+    for C, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
         # The first block of each group shares its batch norm and ReLU with the shortcut.
-        body = [conv(last, channels, 3, stride), *bn_relu(channels), conv(channels, channels)]
-        layers += [*bn_relu(last), Residual(body, [conv(last, channels, 1, stride)])]
+        body = [conv(last, C, 3, stride), *bn_relu(C), conv(C, C)]
+        layers += [*bn_relu(last), Residual(body, [conv(last, C, 1, stride)])]
         for _ in range((depth - 4) // 6 - 1):
-            layers.append(Residual([*bn_relu(channels), conv(channels, channels),
-                                    *bn_relu(channels), conv(channels, channels)]))
-        last = channels
+            layers.append(Residual([*bn_relu(C), conv(C, C), *bn_relu(C), conv(C, C)]))
+        last = C
     layers += [*bn_relu(last), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, num_classes)]
     return Classifier(in_channels, *layers)
 
@@ -514,10 +503,10 @@ def synthetic():
 
 def hold_out(data, limit=None):
     """Split the training images: `limit` to train on, and a fifth as many, at most 1,000, held out.
-    The split is the same for every seed. Returns x, y to train on, and x, y held out."""
+    The split is always the same. Returns x, y to train on, and x, y held out."""
     x, y, _, _ = data
     if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] > x.shape[3] or len(x) < 5:
-        raise InputError(f"a Dataset needs five images (N, C, H, W), uint8, or more, not {kind(x)}")
+        raise InputError(f"a Dataset needs five images (N, C, H, W), uint8, or more, not {x.shape}")
     if len(x) != len(y):
         raise InputError(f"a Dataset needs as many labels as images, not {len(y)} and {len(x)}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
