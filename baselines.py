@@ -11,18 +11,17 @@ SPDX-License-Identifier: MIT
 import gzip
 import http.client
 import io
-import math
 import os
 import pickle
 import shutil
 import sys
 import tempfile
-import time
+import warnings
 import zlib
+from collections import namedtuple
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,19 +55,14 @@ def random_start(x, eps, start):
 
 
 def check_batch(x, y, eps=0.5, steps=1, step_size=0.5):
-    """Check images x (B, C, H, W) in [0, 1], labels y (B,) and the settings of an attack.
-
-    Returns x, clipped to [0, 1], and y, both as new tensors. Raises InputError.
-    """
-    x_is, y_is = (f"{type(each).__name__} {getattr(each, 'dtype', '')} "
-                  f"{tuple(getattr(each, 'shape', ()))}" for each in (x, y))
+    """Check images (B, C, H, W) in [0, 1], labels (B,) and the settings of an attack. Returns x,
+    clipped to [0, 1], and y, both as new tensors. Raises InputError."""
     if not torch.is_tensor(x) or x.dim() != 4 or not x.is_floating_point() or not len(x):
-        raise InputError(f"images must be a float tensor (B, C, H, W), not {x_is}")
+        raise InputError("images must be a float tensor (B, C, H, W)")
     if not (x.min() >= -SLACK and x.max() <= 1 + SLACK):  # NaN is refused too
-        raise InputError(f"images must lie in [0, 1] but range from {x.min():.3g} to {x.max():.3g}:"
-                         " divide by 255, and normalize inside the model")
+        raise InputError("images must lie in [0, 1]: divide by 255, and normalize in the model")
     if not torch.is_tensor(y) or y.shape != x.shape[:1] or y.dtype != torch.int64 or y.min() < 0:
-        raise InputError(f"labels must be {len(x)} class numbers, int64, one per image, not {y_is}")
+        raise InputError("labels must be an int64 tensor (B,), one class number per image")
     if not (isinstance(steps, Integral) and steps >= 1):
         raise InputError(f"steps must be a positive whole number, not {steps!r}")
     for name, size in (("eps", eps), ("step_size", step_size)):
@@ -81,12 +75,12 @@ def check_batch(x, y, eps=0.5, steps=1, step_size=0.5):
 # The attack ascends the inner loss, the classifier descends the outer one.
 
 class AdvTrain:
-    """min_θ max_x' CE(f(x'), y), adversarial training [1]. Other objectives inherit from it."""
+    """min_θ max_x' CE(f(x'), y)  [1]. Other objectives inherit from it."""
 
     beta = 1.0  # as functions of x', the outer loss is beta times the batch mean of the inner one
 
     def target(self, model, x, y):
-        """What the inner loss compares with, computed once per attack: here the labels, (B,)."""
+        """What the inner loss compares with, computed once per attack. Here: y, (B,)."""
         return y
 
     def inner_loss(self, logits, target):
@@ -99,37 +93,31 @@ class AdvTrain:
 
 
 class Trades(AdvTrain):
-    """min_θ CE(f(x), y) + β·max_x' KL(f(x) ‖ f(x'))  [2]. The inner loss needs no labels."""
+    """min_θ CE(f(x), y) + β·max_x' KL(f(x) ‖ f(x'))  [2]."""
 
     def __init__(self, beta=6.0):
-        if not (isinstance(beta, Real) and 0 < beta < math.inf):
-            raise InputError(f"beta must be above 0, not {beta!r}")
         self.beta = beta
 
     def target(self, model, x, y):
-        """log f(x), (B, classes). x does not move during the attack, so one pass is enough."""
         with torch.no_grad():
-            return F.log_softmax(model(x), dim=1)
+            return model(x).log_softmax(1)  # log f(x), (B, classes)
 
     def inner_loss(self, logits, target):
-        """KL(f(x) ‖ f(x')), (B,). It is finite for very large logits too."""
-        log_p_adv = F.log_softmax(logits, dim=1)
-        return F.kl_div(log_p_adv, target, reduction="none", log_target=True).sum(1)
+        return F.kl_div(logits.log_softmax(1), target, reduction="none", log_target=True).sum(1)
 
     def outer_loss(self, model, x, x_adv, y):
         """One pass for x and x', so that batch norm has the same statistics for both."""
         logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2)  # (B, classes) each
-        robust = self.inner_loss(logits_adv, F.log_softmax(logits, dim=1)).mean()
+        robust = self.inner_loss(logits_adv, logits.log_softmax(1)).mean()
         return F.cross_entropy(logits, y) + self.beta * robust
 
 
 class Margin(AdvTrain):
-    """The inner loss of C&W [3]: the best wrong logit minus the true one. Its gradient
-    does not vanish where the model is sure."""
+    """The inner loss of C&W [3]: the best wrong logit minus the true one."""
 
     def inner_loss(self, logits, target):
         true = logits.gather(1, target[:, None])[:, 0]
-        wrong = logits.scatter(1, target[:, None], -math.inf).amax(1)
+        wrong = logits.scatter(1, target[:, None], float("-inf")).amax(1)
         return wrong - true
 
 
@@ -137,7 +125,7 @@ class Margin(AdvTrain):
 
 @contextmanager
 def eval_mode(model):
-    """Put the model into evaluation mode, and restore the mode of every submodule afterwards."""
+    """Put the model into evaluation mode, then restore the mode of every submodule."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -145,6 +133,16 @@ def eval_mode(model):
     finally:
         for module, training in modes:
             module.training = training
+
+
+def check_model(model, x, y):
+    """Try the model on two images: it has to return logits with a class for every label y, (B,)."""
+    with torch.no_grad():
+        logits = model(x[:2])  # (2, classes)
+    classes = max(2, y.max().item() + 1)
+    if not torch.is_tensor(logits) or logits.dim() != 2 or logits.shape[1] < classes:
+        raise InputError(f"the model must return logits (B, {classes} or more), not "
+                         f"{getattr(logits, 'shape', type(logits))}")
 
 
 def input_gradient(model, x_adv, objective, target):
@@ -163,100 +161,95 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
     """Projected gradient ascent on the inner loss, x' ← Π(x' + step_size·sign(g))  [1].
 
     x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps, step_size: in [0, 1] pixel scale. decay: step t
-    has size step_size·(1 − t/steps). line_search: step_size is the first size that each image
-    tries. Returns x', shaped like x. Raises InputError.
+    has size step_size·(1 − t/steps). line_search: each image halves its step, three times at most,
+    until the loss gains a tenth of what its linear model promises. Returns x'. Raises InputError.
     """
     x, y = check_batch(x, y, eps, steps, step_size)
     with eval_mode(model):
+        check_model(model, x, y)
         target = objective.target(model, x, y)
         x_adv = random_start(x, eps, start)
         for t in range(steps):
             g, loss = input_gradient(model, x_adv, objective, target)
-            # torch.sign turns NaN into 0. PGD would stand still, and the model would look robust.
+            # torch.sign turns NaN into 0. PGD would stand still: the model would look robust.
             direction = torch.where(g.isnan(), g, g.sign())
             step = step_size * (1 - t / steps) if decay else step_size
             if line_search:
-                step = backtrack(model, x_adv, x, g, direction, loss, objective, target, eps, step)
+                step = torch.full_like(loss, step)[:, None, None, None]  # (B, 1, 1, 1)
+                for _ in range(3):
+                    x_new = project(x_adv + step * direction, x, eps)
+                    promised = (g * (x_new - x_adv)).sum((1, 2, 3))  # (B,)
+                    enough = objective.inner_loss(model(x_new), target) >= loss + 0.1 * promised
+                    step = torch.where(enough[:, None, None, None], step, step / 2)
             x_adv = project(x_adv + step * direction, x, eps)
     return x_adv
 
 
-def backtrack(model, x_adv, x, g, direction, loss, objective, target, eps, step_size):
-    """The step size of each image, (B, 1, 1, 1), by a backtracking line search.
-
-    It is halved until the loss gains a tenth of what its linear model ⟨g, Δ⟩ promises (Armijo's
-    condition), but three times at most.
-    """
-    step = torch.full_like(loss, step_size)[:, None, None, None]  # (B, 1, 1, 1)
-    for _ in range(3):
-        x_new = project(x_adv + step * direction, x, eps)
-        promised = (g * (x_new - x_adv)).sum((1, 2, 3))  # (B,)
-        enough = objective.inner_loss(model(x_new), target) >= loss + 0.1 * promised
-        step = torch.where(enough[:, None, None, None], step, step / 2)
-    return step
-
-
 # ---- 4. Evaluation -------------------------------------------------------------------------------
 
+@torch.inference_mode(False)
 def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
     """Attack every image with every attack, each from the same random seed.
 
     x: (N, C, H, W) in [0, 1]; y: (N,); attacks: {name: callable(model, x, y) → x_adv}. Returns two
     dictionaries of tensors (N,): whether each image is classified correctly, and its cross-entropy.
     Their keys are "natural" and the attacks; the first has "worst" too: correct under all of them.
-    With eps, an attack that leaves the ball is refused. Raises InputError, and FloatingPointError
-    if logits are NaN or infinite.
+    eps: refuse an attack that leaves the ball. Warns if over a tenth of the images have a zero
+    gradient. Raises InputError, and FloatingPointError if logits are NaN or infinite.
     """
     x, y = check_batch(x, y)
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, not {batch_size}")
     if "natural" in attacks or "worst" in attacks:
         raise InputError("an attack cannot be called 'natural' or 'worst': choose another name")
     correct = {}
     loss = {}
-    devices = [x.device] if x.is_cuda else []
     for name, attack in {"natural": lambda model, x, y: x, **attacks}.items():
         correct[name] = torch.zeros_like(y, dtype=torch.bool)
         loss[name] = torch.zeros_like(y, dtype=x.dtype)
-        with eval_mode(model), torch.random.fork_rng(devices):
+        with eval_mode(model), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            check_model(model, x, y)
             torch.manual_seed(seed)
             for i in progress(range(0, len(x), batch_size), name):
                 batch = slice(i, i + batch_size)
-                logits = attacked_logits(name, attack, model, x[batch], y[batch], eps)
+                x_adv = attack(model, x[batch], y[batch])
+                if x_adv.shape != x[batch].shape:
+                    raise InputError(f"the attack {name!r} returned {tuple(x_adv.shape)}")
+                if (x_adv - project(x_adv, x[batch], eps or 1)).abs().max() > SLACK:
+                    raise InputError(f"the attack {name!r} left [0, 1] or the ball of radius eps")
+                with torch.no_grad():
+                    logits = model(x_adv.clamp(0, 1))
+                if x_adv.isnan().any() or not logits.isfinite().all():
+                    raise FloatingPointError(f"{name}: the model's logits are NaN or infinite, "
+                                             "or the attack returned NaN")
                 correct[name][batch] = logits.argmax(1) == y[batch]
                 loss[name][batch] = F.cross_entropy(logits, y[batch], reduction="none")
+            if name == "natural" and attacks:
+                warn_of_zero_gradients(model, x, y, batch_size)
     correct["worst"] = torch.stack(list(correct.values())).all(0)
     return correct, loss
 
 
-def attacked_logits(name, attack, model, x, y, eps):
-    """Attack a batch, check what the attack returns, and return the logits there, (B, classes)."""
-    x_adv = attack(model, x, y)
-    if x_adv.isnan().any():  # it would pass for a perfect attack
-        raise FloatingPointError(f"{name}: the attack returned NaN: is the model's gradient NaN?")
-    if x_adv.shape != x.shape or x_adv.min() < -SLACK or x_adv.max() > 1 + SLACK:
-        raise InputError(f"the attack {name!r} did not return images in [0, 1]")
-    if eps is not None and (x_adv - x).abs().max() > eps + SLACK:
-        raise InputError(f"the attack {name!r} moved a pixel by more than eps = {eps:.4g}")
-    with torch.no_grad():
-        logits = model(x_adv.clamp(0, 1))
-    if not torch.is_tensor(logits) or logits.dim() != 2 or logits.shape[1] <= y.max():
-        raise InputError(f"the model must return logits (B, classes), more than {y.max()} classes "
-                         f"for these labels, not {getattr(logits, 'shape', type(logits))}")
-    if not logits.isfinite().all():
-        raise FloatingPointError(f"{name}: the model's logits are NaN or infinite")
-    return logits
+def warn_of_zero_gradients(model, x, y, batch_size):
+    """Warn if the cross-entropy has no gradient at more than a tenth of the images."""
+    movable = 0
+    for i in progress(range(0, len(x), batch_size), "gradients"):
+        images = x[i:i + batch_size].detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(images), y[i:i + batch_size], reduction="sum")
+        if loss.requires_grad:
+            g, = torch.autograd.grad(loss, images, materialize_grads=True)
+            movable += g.flatten(1).any(1).sum().item()
+    if movable < 0.9 * len(x):
+        warnings.warn(f"{len(x) - movable} of {len(x)} images have a zero gradient: attacks that "
+                      "follow it cannot move them, and the model looks more robust than it is")
 
 
 def progress(items, label):
-    """Yield the items of a sequence. On a terminal, show a bar and the time left on stderr."""
+    """Yield the items of a sequence. On a terminal, show a bar on stderr."""
     shown = sys.stderr is not None and sys.stderr.isatty()
-    start = time.time()
     for done, item in enumerate(items):
         if shown:
             bar = "#" * (20 * done // len(items))
-            left = (time.time() - start) / max(done, 1) * (len(items) - done)
-            line = f"\r{label} [{bar:20}] {left:.0f} s left\033[K"
+            line = f"\r{label} [{bar:20}] {done}/{len(items)}\033[K"
             print(line, end="", file=sys.stderr, flush=True)
         yield item
     if shown:
@@ -282,15 +275,15 @@ class Classifier(nn.Module):
         self.std.copy_(std.clamp(min=1e-3))
 
     def forward(self, x):
-        if x.dim() != 4 or x.shape[1] != self.mean.shape[1]:
-            raise InputError(f"this model takes images (B, {self.mean.shape[1]}, H, W), not "
-                             f"{tuple(x.shape)}")
+        C = self.mean.shape[1]
+        if x.dim() != 4 or x.shape[1] != C:
+            raise InputError(f"this model takes images (B, {C}, H, W), not {tuple(x.shape)}")
         return self.layers((x - self.mean) / self.std)
 
 
-def conv(in_channels, out_channels, kernel=3, stride=1):
+def conv(inputs, outputs, kernel=3, stride=1):
     """A convolution before batch norm, so without a bias. It keeps H and W if the stride is 1."""
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, bias=False)
+    return nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False)
 
 
 def bn_relu(channels):
@@ -301,18 +294,15 @@ def bn_relu(channels):
 def SmallCNN(in_channels=1, num_classes=10):
     """Three convolutions with batch norm, 0.13 M weights, quick to train on a CPU."""
     return Classifier(
-        in_channels,
-        conv(in_channels, 32, kernel=4, stride=2), *bn_relu(32),
-        conv(32, 64, kernel=4, stride=2), *bn_relu(64),
-        conv(64, 128), *bn_relu(128),
+        in_channels, conv(in_channels, 32, kernel=4, stride=2), *bn_relu(32),
+        conv(32, 64, kernel=4, stride=2), *bn_relu(64), conv(64, 128), *bn_relu(128),
         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128 * 16, num_classes))
 
 
 def CNN4(in_channels=1, num_classes=10):
     """Four convolutions without batch norm, 0.31 M weights, close to the MNIST model of [2]."""
     model = Classifier(
-        in_channels,
-        nn.Conv2d(in_channels, 32, 3, padding=1), nn.ReLU(),
+        in_channels, nn.Conv2d(in_channels, 32, 3, padding=1), nn.ReLU(),
         nn.Conv2d(32, 32, 4, stride=2, padding=1), nn.ReLU(),
         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
         nn.Conv2d(64, 64, 4, stride=2, padding=1), nn.ReLU(),
@@ -330,13 +320,10 @@ def VGG16(in_channels=3, num_classes=10):
     layers = []
     last = in_channels
     for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
-        if width == 0:
-            layers.append(nn.MaxPool2d(2))
-        else:
-            layers += [conv(last, width), *bn_relu(width)]
-            last = width
-    return Classifier(in_channels, *layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(),
-                      nn.Linear(512, num_classes))
+        layers += [conv(last, width), *bn_relu(width)] if width else [nn.MaxPool2d(2)]
+        last = width or last
+    layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
+    return Classifier(in_channels, *layers)
 
 
 class Residual(nn.Module):
@@ -357,31 +344,27 @@ def ResNet18(in_channels=3, num_classes=10):
     last = 64
     for width in (64, 64, 128, 128, 256, 256, 512, 512):
         stride = width // last
-        body = [conv(last, width, 3, stride), *bn_relu(width), conv(width, width),
-                nn.BatchNorm2d(width)]
-        shortcut = []
-        if width != last:
-            shortcut = [conv(last, width, 1, stride), nn.BatchNorm2d(width)]
-        layers += [Residual(body, shortcut), nn.ReLU()]
+        body = [conv(last, width, 3, stride), *bn_relu(width), conv(width, width)]
+        shortcut = [conv(last, width, 1, stride), nn.BatchNorm2d(width)] if stride > 1 else []
+        layers += [Residual([*body, nn.BatchNorm2d(width)], shortcut), nn.ReLU()]
         last = width
-    return Classifier(in_channels, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                      nn.Linear(512, num_classes))
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
+    return Classifier(in_channels, *layers)
 
 
 def WideResNet(in_channels=3, num_classes=10, depth=34, width=10):
     """WideResNet-34-10 by default, 46.2 M weights (Zagoruyko & Komodakis 2016)."""
     layers = [conv(in_channels, 16)]
     last = 16
-    for channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+    for C, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
         # The first block of each group shares its batch norm and ReLU with the shortcut.
-        body = [conv(last, channels, 3, stride), *bn_relu(channels), conv(channels, channels)]
-        layers += [*bn_relu(last), Residual(body, [conv(last, channels, 1, stride)])]
+        body = [conv(last, C, 3, stride), *bn_relu(C), conv(C, C)]
+        layers += [*bn_relu(last), Residual(body, [conv(last, C, 1, stride)])]
         for _ in range((depth - 4) // 6 - 1):
-            layers.append(Residual([*bn_relu(channels), conv(channels, channels),
-                                    *bn_relu(channels), conv(channels, channels)]))
-        last = channels
-    return Classifier(in_channels, *layers, *bn_relu(last), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                      nn.Linear(last, num_classes))
+            layers.append(Residual([*bn_relu(C), conv(C, C), *bn_relu(C), conv(C, C)]))
+        last = C
+    layers += [*bn_relu(last), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, num_classes)]
+    return Classifier(in_channels, *layers)
 
 
 MODELS = {"small": SmallCNN, "cnn4": CNN4, "vgg16": VGG16, "resnet18": ResNet18,
@@ -390,29 +373,19 @@ MODELS = {"small": SmallCNN, "cnn4": CNN4, "vgg16": VGG16, "resnet18": ResNet18,
 
 # ---- 6. Data -------------------------------------------------------------------------------------
 
-class Dataset(NamedTuple):
-    """Images uint8 (N, C, H, W) and labels int64 (N,)."""
-    x_train: torch.Tensor
-    y_train: torch.Tensor
-    x_test: torch.Tensor
-    y_test: torch.Tensor
-
-
+# Images uint8 (N, C, H, W) and labels int64 (N,).
+Dataset = namedtuple("Dataset", ["x_train", "y_train", "x_test", "y_test"])
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-DATASETS = {  # the names of the first file, as published and as unpacked by other tools
-    "synthetic": [],
-    "mnist": ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"],
-    "cifar10": ["data_batch_1.bin", "data_batch_1"]}
-SUBFOLDERS = (".", "mnist", "MNIST/raw", "cifar-10-batches-bin", "cifar-10-batches-py")
+DATASETS = {  # where the first file may lie, as published and as unpacked by other tools
+    "synthetic": (),
+    "mnist": ("train-images-idx3-ubyte", ("", ".gz"), (".", "mnist", "MNIST/raw")),
+    "cifar10": ("data_batch_1", (".bin", ""), (".", "cifar-10-batches-bin", "cifar-10-batches-py"))}
 
 
 def load_dataset(name, data_dir=None):
-    """Load "synthetic", "mnist" or "cifar10". Returns a Dataset. Raises InputError.
-
-    The files are looked for in data_dir if it is given, else in $MNIST_DIR or $CIFAR10_DIR if it
-    is set, else in data/. In the last case, CIFAR-10 is downloaded if it is not there.
-    """
+    """Load "synthetic", "mnist" or "cifar10" from data_dir, else $MNIST_DIR or $CIFAR10_DIR, else
+    data/. If data/ has no CIFAR-10, it is downloaded. Returns a Dataset. Raises InputError."""
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
     if name == "synthetic":
@@ -421,14 +394,13 @@ def load_dataset(name, data_dir=None):
     variable = f"{name.upper()}_DIR"
     named = data_dir or os.environ.get(variable)
     root = Path(named or "data")
-    for folder in SUBFOLDERS:
-        for file in DATASETS[name]:
-            path = root / folder / file
-            if path.exists():
-                return read(path.parent, path.suffix)
+    first, suffixes, folders = DATASETS[name]
+    for path in [root / folder / (first + suffix) for folder in folders for suffix in suffixes]:
+        if path.exists():
+            return read(path.parent, path.suffix)
     if named or name == "mnist":
-        raise InputError(f"no {name} in {root}: put {DATASETS[name][0]} and the other files there, "
-                         f"or name their folder with --data-dir or {variable}")
+        raise InputError(f"no {name} in {root}: put {first}{suffixes[0]} and the others there, or "
+                         f"name their folder with --data-dir or {variable}")
     return read(download_cifar10(root / "cifar-10-batches-bin"), ".bin")
 
 
@@ -451,9 +423,11 @@ def download_cifar10(folder):
 
 @contextmanager
 def reading(path):
-    """Turn what a missing or damaged file raises into an InputError. Let MemoryError through."""
+    """Turn what a missing or damaged file raises into an InputError."""
     try:
         yield
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError, but not the fault of the file
+        raise
     except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
             RuntimeError, pickle.UnpicklingError, zlib.error) as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())[:120]
@@ -467,11 +441,7 @@ def read_mnist(folder, suffix):
         path = folder / f"{name}-ubyte{suffix}"
         dims = int(name[-1])
         with reading(path):
-            raw = path.read_bytes()
-            if suffix == ".gz":
-                raw = gzip.decompress(raw)
-            if raw[:4] != bytes([0, 0, 8, dims]):
-                raise ValueError("not an idx file")
+            raw = gzip.decompress(path.read_bytes()) if suffix else path.read_bytes()
             shape = np.frombuffer(raw, ">u4", dims, offset=4)
             arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape))
     x_train, y_train, x_test, y_test = arrays
@@ -495,8 +465,6 @@ def read_cifar10(folder, suffix):
                 y = np.asarray(batch.get("labels", batch.get(b"labels")), np.uint8)
             images.append(x.reshape(len(y), 3, 32, 32))
             labels.append(y)
-            if len(y) != len(labels[0]):
-                raise ValueError("it is not as long as data_batch_1")
     return to_dataset(folder, np.concatenate(images[:5]), np.concatenate(labels[:5]), images[5],
                       labels[5])
 
@@ -506,8 +474,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
     allowed = {"_reconstruct": np.empty(0).__reduce_ex__(2)[0],
                "_frombuffer": np.empty(0).__reduce_ex__(5)[0],
-               "ndarray": np.ndarray,
-               "dtype": np.dtype,
+               "ndarray": np.ndarray, "dtype": np.dtype,
                "encode": lambda text, encoding: text.encode("latin1")}
 
     def find_class(self, module, name):
@@ -516,22 +483,18 @@ class ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a data set")
 
 
-def to_dataset(folder, x_train, y_train, x_test, y_test):
+def to_dataset(folder, *arrays):
     """Make a Dataset of uint8 arrays."""
+    x_train, y_train, x_test, y_test = map(torch.tensor, arrays)
     for x, y in ((x_train, y_train), (x_test, y_test)):
         if len(x) != len(y) or len(y) == 0 or y.max() > 9:
             raise InputError(f"{folder} is damaged: its images and labels do not fit")
-    return Dataset(torch.tensor(x_train), torch.tensor(y_train).long(),
-                   torch.tensor(x_test), torch.tensor(y_test).long())
+    return Dataset(x_train, y_train.long(), x_test, y_test.long())
 
 
 def synthetic():
-    """Color images of ten classes, each with a coarse and a fine pattern, after [4].
-
-    The coarse pattern (blocks of 4×4) survives eps = 8/255, but is wrong once in ten images. The
-    fine one (single pixels, amplitude 6/255) is always right, but the attack can erase it. A plain
-    model learns the fine one and falls to 0 % under attack.
-    """
+    """Color images of ten classes, each with a coarse pattern that survives eps = 8/255 but is
+    wrong once in ten images, and a fine one that is always right but can be erased, after [4]."""
     rng = np.random.default_rng(0)
     coarse = rng.choice([-1.0, 1.0], (10, 3, 4, 4)).repeat(4, 2).repeat(4, 3)  # (10, 3, 16, 16)
     fine = np.tile(rng.choice([-1.0, 1.0], (10, 3, 4, 4)), (4, 4))  # (10, 3, 16, 16)
@@ -546,17 +509,17 @@ def synthetic():
 
 def hold_out(data, limit=None):
     """Split the training images: `limit` to train on, and a fifth as many, at most 1,000, held out.
-    The split is the same for every seed. Returns x, y to train on, and x, y held out."""
-    count = len(data.x_train)
-    is_images = data.x_train.dtype == torch.uint8 and data.x_train.dim() == 4
-    if not is_images or count != len(data.y_train) or count < 5:
-        raise InputError("a Dataset needs five or more images, uint8, and as many labels")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    most = min(1000, count // 5)
+    The split is always the same. Returns x, y to train on, and x, y held out."""
+    x, y, _, _ = data
+    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] > x.shape[3] or len(x) < 5:
+        raise InputError(f"a Dataset needs five images (N, C, H, W), uint8, or more, not {x.shape}")
+    if len(x) != len(y):
+        raise InputError(f"a Dataset needs as many labels as images, not {len(y)} and {len(x)}")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    most = min(1000, len(x) // 5)
     train = order[most:][:limit]
-    held_out = order[:min(most, max(1, (limit or count) // 5))]
-    return (data.x_train[train], data.y_train[train],
-            data.x_train[held_out], data.y_train[held_out])
+    held_out = order[:min(most, max(1, (limit or len(x)) // 5))]
+    return x[train], y[train], x[held_out], y[held_out]
 
 
 def augment(x, padding):

@@ -50,8 +50,8 @@ import torch
 from torch import distributed, nn
 
 from baselines import (DATASETS, MODELS, AdvTrain, InputError, Margin, Trades, augment, check_batch,
-                       eval_mode, evaluate, hold_out, input_gradient, load_dataset, pgd, progress,
-                       project, random_start, reading)
+                       check_model, eval_mode, evaluate, hold_out, input_gradient, load_dataset,
+                       pgd, progress, project, random_start, reading)
 
 
 CLIP = 10.0  # the largest norm of θ's gradient
@@ -131,6 +131,7 @@ def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(
         raise InputError(f"the attack needs a LearnedOptimizer, not {type(optimizer).__name__}")
     x, y = check_batch(x, y, eps, steps)
     with eval_mode(model):
+        check_model(model, x, y)
         target = objective.target(model, x, y)
         x_adv = random_start(x, eps, start)  # x'_0
         state = None  # h_0 = 0
