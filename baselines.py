@@ -374,7 +374,7 @@ MODELS = {"small": SmallCNN, "cnn4": CNN4, "vgg16": VGG16, "resnet18": ResNet18,
 # ---- 6. Data -------------------------------------------------------------------------------------
 
 # Images uint8 (N, C, H, W) and labels int64 (N,).
-Dataset = namedtuple("Dataset", ["x_train", "y_train", "x_test", "y_test"])
+Dataset = namedtuple("Dataset", "x_train y_train x_test y_test")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 DATASETS = {  # where the first file may lie, as published and as unpacked by other tools
@@ -511,8 +511,8 @@ def hold_out(data, limit=None):
     """Split the training images: `limit` to train on, and a fifth as many, at most 1,000, held out.
     The split is always the same. Returns x, y to train on, and x, y held out."""
     x, y, _, _ = data
-    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] > x.shape[3] or len(x) < 5:
-        raise InputError(f"a Dataset needs five images (N, C, H, W), uint8, or more, not {x.shape}")
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] > x.shape[3] or len(x) < 5:
+        raise InputError(f"a Dataset needs a uint8 tensor (N, C, H, W), N ≥ 5, not {x.shape}")
     if len(x) != len(y):
         raise InputError(f"a Dataset needs as many labels as images, not {len(y)} and {len(x)}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

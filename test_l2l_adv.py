@@ -97,9 +97,10 @@ def attacks(eps):
         return learned_attack(m, big_steps(dtype=x.dtype), x, y, eps=eps, objective=objective)
 
     by_hand = partial(pgd, eps=eps, step_size=eps / 2, steps=5)
-    return {"pgd": by_hand, "uniform": partial(by_hand, start="uniform", decay=True),
-            "line search": partial(by_hand, line_search=True, objective=Margin()),
-            "trades": partial(by_hand, objective=Trades()), "learned": learned,
+    return {"pgd": by_hand, "uniform": partial(by_hand, start="uniform"),
+            "line search": partial(by_hand, line_search=True),
+            "margin": partial(by_hand, objective=Margin()), "learned": learned,
+            "trades": partial(by_hand, objective=Trades(), decay=True),
             "learned trades": partial(learned, objective=Trades())}
 
 
@@ -261,13 +262,15 @@ def test_evaluate_refuses_an_attack_that_returns_something_else(attack, words):
         evaluate(no_gradient, x, torch.zeros(5).long(), {"bad": attack}, eps=0.1)
 
 
-@pytest.mark.parametrize("rounded, path, words", [
-    (1, True, None), (2, True, "2 of 10 images have a zero"), (0, False, "10 of 10 images")])
-def test_evaluate_warns_if_over_a_tenth_of_the_gradients_are_zero(rounded, path, words):
+@pytest.mark.parametrize("rounded, cut, words", [
+    (1, None, None), (2, None, "2 of 10 images have a zero"), (0, "input", "10 of 10 images"),
+    (0, "output", "10 of 10 images")])
+def test_evaluate_warns_if_over_a_tenth_of_the_gradients_are_zero(rounded, cut, words):
     smooth, x, y = problem(batch=10, dtype=torch.float32)
-    y[:rounded], x[:rounded] = 0, 0.7  # the first ones
-    model = returning(lambda x: smooth(torch.where((x == 0.7).all(3, True), x.round(), x)))
-    model = model if path else returning(lambda x: smooth(x).detach())
+    x[:rounded] = 0.7  # the first ones
+    model = returning({
+        None: lambda x: smooth(torch.where((x == 0.7).all(3, True), x.round(), x)),
+        "input": lambda x: smooth(x.detach()), "output": lambda x: smooth(x).detach()}[cut])
     seen = []
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     with warnings.catch_warnings(record=True) as caught:
@@ -427,7 +430,7 @@ def test_mnist_is_read(tmp_path, monkeypatch, folder, pack):
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.cuda.OutOfMemoryError])
-def test_running_out_of_memory_is_not_called_a_damaged_file(error):
+def test_running_out_of_memory_is_not_blamed_on_the_file(error):
     with pytest.raises(error), baselines.reading("a file"):
         raise error
 
@@ -1125,9 +1128,9 @@ def train_on(x, y):
     (lambda: evaluate(NET, X, Y, {"worst": None}), "choose another name"),
     (lambda: LearnedOptimizer(cell="gru"), "unknown cell"),
     (lambda: load_dataset("cifar100"), "unknown data set"),
-    (lambda: train_on(X.byte(), Y), "five images"), (lambda: train_on(MANY / 1, Y9), "uint8"),
+    (lambda: train_on(X.byte(), Y), "N ≥ 5"), (lambda: train_on(MANY / 1, Y9), "uint8"),
     (lambda: train_on(MANY[0], Y9), "uint8"), (lambda: train_on(MANY, Y), "as many labels"),
-    (lambda: train_on(MANY.permute(0, 2, 3, 1), Y9), r"\(N, C, H, W\), uint8.*18, 4, 4, 3"),
+    (lambda: train_on(MANY.permute(0, 2, 3, 1), Y9), r"\(N, C, H, W\).*18, 4, 4, 3"),
     (lambda: load_run("nowhere"), "missing, damaged or unsuitable")])
 def test_python_calls_refuse_bad_input(wrong, words):
     with pytest.raises(InputError, match=words):
