@@ -28,6 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 1]:
+    print(f"torch {torch.__version__} is older than 2.1, the oldest we tested", file=sys.stderr)
+
 
 # ---- 1. Threat model -----------------------------------------------------------------------------
 

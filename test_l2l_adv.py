@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -1266,6 +1267,14 @@ def test_every_flag_in_the_readme_exists(capsys):
         known += capsys.readouterr().out
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
     assert [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", known)] == []
+
+
+@pytest.mark.parametrize("version, warned", [("2.0.1+cu118", 1), ("1.13.1", 1), ("2.1.2", 0),
+                                             ("2.13.0+cpu", 0)])
+def test_an_older_torch_is_named_at_import(monkeypatch, capsys, version, warned):
+    monkeypatch.setattr(torch, "__version__", version)
+    runpy.run_path(str(HERE / "baselines.py"))
+    assert capsys.readouterr().err.count(f"{version} is older than 2.1") == warned
 
 
 def test_the_modules_need_no_syntax_newer_than_python_3_9():
