@@ -2,13 +2,13 @@
 
 An image has to survive all of these, each from the same seed:
     natural, pgd-10, pgd-100   PGD from near x with steps of eps/4, on all images
-    learned-10                 by the run's own φ, or else by that of its learned twin
-    apgd-ce, apgd-t            APGD [1], 100 steps; cross-entropy, and targeted DLR to 3 classes
+    learned-10                 with the φ of the run, or of its learned twin if it has none
+    apgd-ce, apgd-t            100 steps of APGD [1]; cross-entropy, and targeted DLR to 3 classes
     decay-20                   PGD with a decaying step size
-    square-8th                 Square [2], 5,000 queries, on the eighth of the survivors that
-                               decay-20 leaves with the highest cross-entropy
+    square-8th                 5,000 queries of Square [2], on the eighth of the survivors with
+                               the highest cross-entropy under decay-20
 From learned-10 on, an attack meets the survivors only, and its number is what is left after it.
-Torch and device in a line are those of the judge. A checkpoint is judged once in each file.
+Torch and device are those of the judge. A key that the file has already is not judged again.
 
 [1] Croce & Hein, Reliable Evaluation of Adversarial Robustness, ICML 2020
 [2] Andriushchenko et al., Square Attack, ECCV 2020
@@ -28,15 +28,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from baselines import InputError, evaluate, hold_out, load_dataset, pgd
-from l2l_adv import METHODS, check_settings, get_args, learned_attack, load_run
+from l2l_adv import check_settings, get_args, learned_attack, load_run
 
 try:
     import torchattacks
 except ImportError:
     print("judge.py: first python3 -m pip install --no-deps torchattacks scipy", file=sys.stderr)
     sys.exit(2)
-
-ALIKE = ("dataset", "limit", "epochs", "model", "eps", "steps", "start", "cell", "seed")
 
 
 def library(kind, eps, **settings):
@@ -105,16 +103,6 @@ def describe(settings, images):
     return key, settings
 
 
-def find_twin(folder, settings, folders):
-    """Return the one of the folders whose run differs in its maximizer only: a learned one."""
-    for other in folders:
-        _, optimizer, theirs = load_run(other)
-        alike = all(getattr(settings, name) == getattr(theirs, name) for name in ALIKE)
-        if optimizer and alike and METHODS[theirs.method][0] is METHODS[settings.method][0]:
-            return other
-    raise InputError(f"{folder} has no learned optimizer: name the run that lends one with --twin")
-
-
 def read(path):
     """The rows of a .jsonl file, none if there is no file."""
     return [json.loads(line) for line in open(path)] if os.path.exists(path) else []
@@ -131,7 +119,7 @@ def judge_run(folder, args):
     """Append the lines of a run that are missing."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     log = read(f"{folder}/log.jsonl")
-    _, _, settings = load_run(folder)
+    settings = load_run(folder)[2]
     if len(log) < settings.epochs:
         raise InputError(f"{folder} is not finished: train it further with --resume")
     data = load_dataset(settings.dataset, args.data_dir)
@@ -142,8 +130,7 @@ def judge_run(folder, args):
     if not any(row["run"] == run for row in read(args.logs_file)):
         append(args.logs_file, [{"run": run, **row} for row in log])
 
-    score = "natural" if settings.method == "plain" else "pgd-10"
-    best = max(log, key=lambda row: row["accuracy"][score])["epoch"]
+    best = max(log, key=lambda row: row["accuracy"]["pgd-10"])["epoch"]
     epochs = {"best=last": best} if best == len(log) else {"best": best, "last": len(log)}
     done = {row["key"] for row in read(args.runs_file)}
     for checkpoint, epoch in epochs.items():
@@ -154,29 +141,29 @@ def judge_run(folder, args):
         model, optimizer, _ = load_run(folder, which, device)
         twin = None
         if optimizer is None:
-            lender = args.twin or find_twin(folder, settings, args.runs)
-            _, optimizer, theirs = load_run(lender, which, device)
+            if args.twin is None:
+                raise InputError(f"{folder} has no learned optimizer: name its twin with --twin")
+            _, optimizer, theirs = load_run(args.twin, which, device)
             twin, _ = describe(theirs, images)
         accuracy, alive = judge(model, optimizer, x, y, settings.eps)
         if args.autoattack:
             accuracy["autoattack"] = autoattack(model, x, y, settings.eps)
+        accuracy = {name: round(value, 4) for name, value in accuracy.items()}
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
                                 capture_output=True).stdout.strip()
         append(args.runs_file, [{
             "key": key, "run": run, "images": images, "settings": about, "commit": commit,
-            "checkpoint": checkpoint, "epoch": epoch, "test_images": len(x), "twin": twin,
-            "accuracy": {name: round(value, 4) for name, value in accuracy.items()},
-            "broken": (~alive).nonzero()[:, 0].tolist(), "torch": torch.__version__,
+            "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "cpu": torch.backends.cpu.get_cpu_capability()}])
-        print(key, {name: round(value, 4) for name, value in accuracy.items()}, flush=True)
+            "checkpoint": checkpoint, "epoch": epoch, "test_images": len(x), "twin": twin,
+            "accuracy": accuracy, "broken": (~alive).nonzero()[:, 0].tolist()}])
+        print(key, accuracy, flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders made by l2l_adv.py train")
-    parser.add_argument("--twin", help="the run whose φ attacks those that have none; by default "
-                        "it is looked for among the runs: the same settings, but learned")
+    parser.add_argument("--twin", help="the learned run whose φ attacks those that have none")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: both")
     parser.add_argument("--limit", type=int, default=1000, help="test images; default 1000")
     parser.add_argument("--autoattack", action="store_true", help="the standard AutoAttack, too")
