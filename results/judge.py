@@ -94,7 +94,7 @@ def describe(settings, images):
     for each in (settings, default):
         if each["step_size"]:
             share = Fraction(each["step_size"] / each["eps"]).limit_denominator(64)
-            each["step_size"] = f"{share} eps"
+            each["step_size"] = f"{share}*eps"
         each["eps"] = f"{255 * each['eps']:g}/255"
     changed = [name if value is True else f"{name}={value}" for name, value in settings.items()
                if name not in ("limit", "epochs", "start", "seed") and value != default[name]]
