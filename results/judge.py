@@ -5,21 +5,17 @@ An image has to survive all of these, each from the same seed:
     learned-10                 with the φ of the run, or of its learned twin if it has none
     apgd-ce, apgd-t            100 steps of APGD [1]; cross-entropy, and targeted DLR to 3 classes
     decay-20                   PGD with a decaying step size
-    square-8th                 5,000 queries of Square [2], on the eighth of the survivors with
-                               the highest cross-entropy under decay-20
+    square-8th                 5,000 queries of Square, on the eighth of the survivors with the
+                               highest cross-entropy under decay-20
 From learned-10 on, an attack meets the survivors only, and its number is what is left after it.
 Torch and device are those of the judge. A key that the file has already is not judged again.
 
-[1] Croce & Hein, Reliable Evaluation of Adversarial Robustness, ICML 2020
-[2] Andriushchenko et al., Square Attack, ECCV 2020
+[1] Croce & Hein, Reliable Evaluation of Adversarial Robustness, ICML 2020: AutoAttack
 """
 import argparse
 import json
-import math
-import os
 import subprocess
 import sys
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +23,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from baselines import InputError, evaluate, hold_out, load_dataset, pgd
+from baselines import evaluate, load_dataset, pgd
 from l2l_adv import check_settings, get_args, learned_attack, load_run
 
 try:
@@ -51,7 +47,7 @@ def attack_survivors(model, x, y, alive, attacks, eps):
     for name, attack in attacks.items():
         i = alive.nonzero()[:, 0]
         if name == "square-8th" and len(i):
-            i = i[losses.argsort(descending=True)[:math.ceil(len(i) / 8)]]
+            i = i[losses.argsort(descending=True)[:(len(i) + 7) // 8]]
         if len(i):
             correct, loss = evaluate(model, x[i], y[i], {name: attack}, eps=eps)
             alive[i] = correct["worst"]
@@ -60,125 +56,105 @@ def attack_survivors(model, x, y, alive, attacks, eps):
     return left
 
 
-def judge(model, optimizer, x, y, eps):
+def judge(model, optimizer, x, y, eps, autoattack):
     """Return the accuracies, and which images survive, a mask (N,)."""
-    on_all = {f"pgd-{steps}": partial(pgd, eps=eps, step_size=eps / 4, steps=steps)
-              for steps in (10, 100)}
-    correct, _ = evaluate(model, x, y, on_all, eps=eps)
+    apgd = library("APGD", eps, steps=100)
+    square = library("Square", eps, n_queries=5000)
+    correct, _ = evaluate(model, x, y, {
+        "pgd-10": partial(pgd, eps=eps, step_size=eps / 4, steps=10),
+        "pgd-100": partial(pgd, eps=eps, step_size=eps / 4, steps=100)}, eps=eps)
     alive = correct.pop("worst")
     accuracy = {name: right.double().mean().item() for name, right in correct.items()}
-    left = attack_survivors(model, x, y, alive, {
+    accuracy.update(attack_survivors(model, x, y, alive, {
         "learned-10": lambda model, x, y: learned_attack(model, optimizer, x, y, eps=eps),
-        "apgd-ce": library("APGD", eps, steps=100),
+        "apgd-ce": apgd,
         "apgd-t": library("APGDT", eps, steps=100, n_classes=4),
         "decay-20": partial(pgd, eps=eps, step_size=eps, steps=20, decay=True),
-        "square-8th": library("Square", eps, n_queries=5000)}, eps)
-    return {**accuracy, **left, "judge": left["square-8th"]}, alive
+        "square-8th": square}, eps))
+    accuracy["judge"] = accuracy["square-8th"]
+    if autoattack:  # the standard one; that of torchattacks takes 10 steps in place of 100
+        accuracy["autoattack"] = attack_survivors(model, x, y, correct["natural"].clone(), {
+            "apgd-ce": apgd,
+            "apgd-t": library("APGDT", eps, steps=100),
+            "fab-t": library("FAB", eps, steps=100, multi_targeted=True),
+            "square": square}, eps)["square"]
+    return {name: round(value, 4) for name, value in accuracy.items()}, alive
 
 
-def autoattack(model, x, y, eps):
-    """The accuracy under the standard AutoAttack [1], which in torchattacks takes too few steps."""
-    return attack_survivors(model, x, y, torch.ones_like(y, dtype=torch.bool), {
-        "apgd-ce": library("APGD", eps, steps=100),
-        "apgd-t": library("APGDT", eps, steps=100),
-        "fab-t": library("FAB", eps, steps=100, multi_targeted=True),
-        "square": library("Square", eps, n_queries=5000)}, eps)["square"]
-
-
-def describe(settings, images):
-    """Return a run's key, which names all that is not default, and its settings."""
-    argv = [f"--{name}={getattr(settings, name)}" for name in ("dataset", "model", "method")]
-    default = vars(check_settings(get_args(["train", "--out=runs", *argv])))
-    settings = {name: value for name, value in vars(settings).items()
-                if name not in ("out", "device")}
-    for each in (settings, default):
-        if each["step_size"]:
-            share = Fraction(each["step_size"] / each["eps"]).limit_denominator(64)
-            each["step_size"] = f"{share}*eps"
-        each["eps"] = f"{255 * each['eps']:g}/255"
-    changed = [name if value is True else f"{name}={value}" for name, value in settings.items()
-               if name not in ("limit", "epochs", "start", "seed") and value != default[name]]
-    key = " ".join(["{dataset} {images}x{epochs} {model} {start} {method}".format(
-        images=images, **settings), *changed, f"s{settings['seed']}"])
-    return key, settings
+def key_of(run):
+    """The key of a run, from its settings. It names all that are not default."""
+    flags = ["decay"] * run.decay + ["line-search"] * run.line_search
+    default = check_settings(get_args([
+        "train", "--out=runs", f"--dataset={run.dataset}", f"--model={run.model}",
+        f"--method={run.method}", *(f"--{flag}" for flag in flags)]))
+    changed = [f"{name}={value}" for name, value in vars(run).items()
+               if name not in ("out", "device", "limit", "epochs", "start", "seed")
+               and value != getattr(default, name)]
+    return " ".join([run.dataset, f"{run.limit or 'all'}x{run.epochs}", run.model, run.start,
+                     run.method, *flags, *changed, f"s{run.seed}"])
 
 
 def read(path):
-    """The rows of a .jsonl file, none if there is no file."""
-    return [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+    return [json.loads(line) for line in open(path)] if Path(path).exists() else []
 
 
 def append(path, rows):
     """Append the rows in one piece, because another process may append to the file as well."""
-    file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
-    os.write(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    os.close(file)
+    with open(path, "ab", buffering=0) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def judge_run(folder, args):
     """Append the lines of a run that are missing."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     log = read(f"{folder}/log.jsonl")
-    settings = load_run(folder)[2]
+    _, _, settings = load_run(folder)
     if len(log) < settings.epochs:
-        raise InputError(f"{folder} is not finished: train it further with --resume")
+        sys.exit(f"judge.py: {folder} is not finished: train it further with --resume")
+    run = key_of(settings)
+    if not any(row["run"] == run for row in read(args.logs_file)):
+        append(args.logs_file, [{"run": run, **row} for row in log])
     data = load_dataset(settings.dataset, args.data_dir)
     x = data.x_test[:args.limit].to(device).float() / 255
     y = data.y_test[:args.limit].to(device)
-    images = len(hold_out(data, settings.limit)[0])
-    run, about = describe(settings, images)
-    if not any(row["run"] == run for row in read(args.logs_file)):
-        append(args.logs_file, [{"run": run, **row} for row in log])
 
     best = max(log, key=lambda row: row["accuracy"]["pgd-10"])["epoch"]
     epochs = {"best=last": best} if best == len(log) else {"best": best, "last": len(log)}
     done = {row["key"] for row in read(args.runs_file)}
     for checkpoint, epoch in epochs.items():
         key = f"{run} {checkpoint}"
-        if key in done or args.checkpoint not in (None, *checkpoint.split("=")):
+        if key in done or args.checkpoint not in checkpoint:
             continue
-        which = checkpoint[:4]  # "best" or "last"
-        model, optimizer, _ = load_run(folder, which, device)
+        model, optimizer, _ = load_run(folder, checkpoint[:4], device)
         twin = None
-        if optimizer is None:
-            if args.twin is None:
-                raise InputError(f"{folder} has no learned optimizer: name its twin with --twin")
-            _, optimizer, theirs = load_run(args.twin, which, device)
-            twin, _ = describe(theirs, images)
-        accuracy, alive = judge(model, optimizer, x, y, settings.eps)
-        if args.autoattack:
-            accuracy["autoattack"] = autoattack(model, x, y, settings.eps)
-        accuracy = {name: round(value, 4) for name, value in accuracy.items()}
+        if optimizer is None and args.twin:
+            _, optimizer, theirs = load_run(args.twin, checkpoint[:4], device)
+            twin = key_of(theirs)
+        accuracy, alive = judge(model, optimizer, x, y, settings.eps, args.autoattack)
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
                                 capture_output=True).stdout.strip()
         append(args.runs_file, [{
-            "key": key, "run": run, "images": images, "settings": about, "commit": commit,
+            "key": key, "run": run, "settings": {**vars(settings), "out": None},
+            "eps": f"{255 * settings.eps:g}/255",
+            "step": settings.step_size and f"{settings.step_size / settings.eps:.3g} eps",
+            "checkpoint": checkpoint, "epoch": epoch, "twin": twin, "commit": commit,
             "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "checkpoint": checkpoint, "epoch": epoch, "test_images": len(x), "twin": twin,
-            "accuracy": accuracy, "broken": (~alive).nonzero()[:, 0].tolist()}])
+            "test_images": len(x), "accuracy": accuracy,
+            "broken": (~alive).nonzero()[:, 0].tolist()}])
         print(key, accuracy, flush=True)
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders made by l2l_adv.py train")
     parser.add_argument("--twin", help="the learned run whose φ attacks those that have none")
-    parser.add_argument("--checkpoint", choices=("best", "last"), help="default: both")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="", help="default: both")
     parser.add_argument("--limit", type=int, default=1000, help="test images; default 1000")
     parser.add_argument("--autoattack", action="store_true", help="the standard AutoAttack, too")
     parser.add_argument("--runs-file", default=HERE / "runs.jsonl")
     parser.add_argument("--logs-file", default=HERE / "logs.jsonl")
     parser.add_argument("--data-dir")
     args = parser.parse_args()
-    try:
-        for folder in args.runs:
-            judge_run(folder, args)
-    except (InputError, OSError) as error:
-        print(f"judge.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for folder in args.runs:
+        judge_run(folder, args)

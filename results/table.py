@@ -1,10 +1,9 @@
 """Make the tables of README.md and results/README.md from the raw rows in results/.
 
-Without a flag it prints them, with --write it puts them between the markers of the pages, which
-are <!-- table NAME --> and <!-- end -->, and with --check it exits with 1 if a page differs.
-Accuracies are in %: mean ± standard deviation over the seeds. A row without a run is left out.
+With --write, the tables are put between the markers of the pages, <!-- table NAME --> and
+<!-- end -->. Otherwise the exit status is 1 if a page differs from the raw rows. Accuracies are
+in %: mean ± standard deviation over the seeds. A row of a table without any run is left out.
 """
-import argparse
 import json
 import math
 import re
@@ -14,13 +13,13 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 HERE = Path(__file__).resolve().parent
-SETTINGS = {"mnist": "mnist 16000x3 cnn4", "mnist-long": "mnist 59000x3 cnn4",
-            "cifar10": "cifar10 49000x5 small", "gpu": "cifar10 49000x30 vgg16"}
+SETTINGS = {"mnist": "mnist 16000x3 cnn4", "mnist-long": "mnist allx3 cnn4",
+            "cifar10": "cifar10 allx5 small", "gpu": "cifar10 allx30 vgg16"}
 ATTACKS = {"": "PGD, eps/4", "step_size=0.1": "PGD, eps/3", "decay": "PGD, decaying step",
-           "line_search": "PGD, line search", "cell=rnn": "learned, RNN", "rnn": "learned, LSTM"}
-RIVALS = {"rnn-adv": "advtrain", "rnn-trades": "trades"}
+           "line-search": "PGD, line search", "cell=rnn": "learned, RNN", "rnn": "learned, LSTM"}
 STARTS = {"gaussian": "near x", "uniform": "uniform"}
 T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by degrees of freedom
+ANALYSES = json.loads((HERE / "analyse.json").read_text())
 
 
 def group(file, setting, checkpoint=""):
@@ -28,10 +27,10 @@ def group(file, setting, checkpoint=""):
     found = {}
     for line in map(json.loads, open(HERE / file) if (HERE / file).exists() else []):
         *words, start, method, rest = line["run"].split(" ", 5)
-        changed, _, seed = f" {rest}".rpartition(" ")
-        key = changed.strip() or ("rnn" if method in RIVALS else "")
+        changed = rest.rpartition(" ")[0] or "rnn" * method.startswith("rnn")
         if " ".join(words) == SETTINGS[setting] and checkpoint in line.get("checkpoint", ""):
-            found.setdefault((start, method, ATTACKS.get(key, key)), {})[seed] = line
+            row = start, method, ATTACKS.get(changed, changed)
+            found.setdefault(row, {})[line["run"].split()[-1]] = line
     if len({line.get("test_images") for runs in found.values() for line in runs.values()}) > 1:
         sys.exit(f"table.py: the runs of {setting} were judged on different numbers of images")
     order = [*ATTACKS.values(), *(attack for _, _, attack in found)]
@@ -57,20 +56,16 @@ def full(setting, checkpoint="best"):
     return markdown(["start", "method", "attack in training", *names, "seeds"], rows)
 
 
-def last(setting):
-    return full(setting, "last")
-
-
 def short(setting):
     """The judge's accuracy only: a row for each attack, a column for each loss and start."""
-    cells = {(attack, "TRADES" if "trades" in method else "cross-entropy", start):
-             spread(runs, "judge")
-             for (start, method, attack), runs in group("runs.jsonl", setting, "best").items()}
-    columns = sorted({cell[1:] for cell in cells}, key=lambda cell: (cell[0] == "TRADES", cell[1]))
-    rows = [[attack, *(cells.get((attack, *column), "–") for column in columns)]
-            for attack in ATTACKS.values() if attack in [cell[0] for cell in cells]]
-    head = ["attack in training", *(f"{loss}, {STARTS[start]}" for loss, start in columns)]
-    return markdown(head, rows)
+    cells = {}
+    for (start, method, attack), runs in group("runs.jsonl", setting, "best").items():
+        loss = "TRADES" if "trades" in method else "cross-entropy"
+        cells.setdefault(attack, {})[f"{loss}, {STARTS[start]}"] = spread(runs, "judge")
+    columns = sorted({column for row in cells.values() for column in row}, key=str.lower)
+    return markdown(["attack in training", *columns],
+                    [[attack, *(cells[attack].get(column, "–") for column in columns)]
+                     for attack in ATTACKS.values() if attack in cells])
 
 
 def pairs(setting):
@@ -78,17 +73,19 @@ def pairs(setting):
     found = group("runs.jsonl", setting, "best")
     rows = []
     for (start, method, attack), ours in found.items():
-        for (their_start, rival, their_attack), theirs in found.items():
+        rival = {"rnn-adv": "advtrain", "rnn-trades": "trades"}.get(method)
+        for (their_start, their_method, their_attack), theirs in found.items():
             seeds = ours.keys() & theirs.keys()
-            if start == their_start and rival == RIVALS.get(method) and len(seeds) > 1:
-                gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
-                         for seed in seeds]
-                gain = mean(gains)
-                error = stdev(gains) / len(gains) ** 0.5
-                half = T_975[len(gains) - 2] * error
-                rows.append([STARTS[start], f"`{method}`, {attack}", their_attack, f"{gain:+.1f}",
-                             f"{gain - half:+.1f} to {gain + half:+.1f}",
-                             p_value(gain, error, len(gains) - 1), len(gains)])
+            if (their_start, their_method) != (start, rival) or len(seeds) < 2:
+                continue
+            gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
+                     for seed in seeds]
+            gain = mean(gains)
+            error = stdev(gains) / len(gains) ** 0.5
+            half = T_975[len(gains) - 2] * error
+            rows.append([STARTS[start], f"`{method}`, {attack}", f"`{rival}`, {their_attack}",
+                         f"{gain:+.1f}", f"{gain - half:+.1f} to {gain + half:+.1f}",
+                         p_value(gain, error, len(gains) - 1), len(gains)])
     head = ["start", "learned", "minus", "points", "95 % interval", "p", "seeds"]
     return markdown(head, rows) + f"\nComparisons: {len(rows)}.\n"
 
@@ -104,51 +101,56 @@ def p_value(gain, error, n):
 
 def breaks():
     """The trainings whose last PGD-10 accuracy on held-out images is far below their row's."""
-    names = []
+    broken = []
     for setting in SETTINGS:
         for runs in group("logs.jsonl", setting).values():
             ends = {line["run"]: line["accuracy"]["pgd-10"] for line in runs.values()}
-            names += [run for run, end in ends.items() if end < median(ends.values()) - 0.1]
-    return f"Trainings that broke: {', '.join(names) or 'none'}.\n"
+            broken += [run for run, end in ends.items() if end < median(ends.values()) - 0.1]
+    return f"Trainings that broke: {', '.join(broken) or 'none'}.\n"
 
 
-def analysis(name):
-    """A table of analyse.json, which has the cells of its tables as text."""
-    path = HERE / "analyse.json"
-    tables = json.loads(path.read_text())["tables"] if path.exists() else {}
-    return markdown(*tables[name]) if name in tables else ""
+def maximizer():
+    """The inner loss at the end of attacks of different lengths."""
+    lengths = (1, 2, 3, 5, 10)
+    rows = [[run["run"], attack, *(f"{loss[n - 1]:.3f} ± {run['error'][attack][n - 1]:.3f}"
+                                   for n in lengths)]
+            for run in ANALYSES for attack, loss in run["loss"].items()]
+    return markdown(["run", "attack", *(f"{n} gradients" for n in lengths)], rows)
+
+
+def gain():
+    """The inner loss of PGD-10 with the best fixed step, and the best of 100 steps."""
+    rows = []
+    for run in ANALYSES:
+        ten = run["loss"]["PGD, best fixed step"][-1]
+        most = run["best of 100"]
+        rows.append([run["run"], f"{ten:.3f}", f"{most:.3f}", f"{100 * (most / ten - 1):.1f} %"])
+    return markdown(["run", "PGD-10", "best of 100 steps", "more"], rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
     tables = {f"{setting} {make.__name__}": partial(make, setting)
-              for setting in SETTINGS for make in (full, last, short, pairs)}
-    tables.update(breaks=breaks, maximizer=partial(analysis, "maximizer"),
-                  gain=partial(analysis, "gain"))
+              for setting in SETTINGS for make in (full, short, pairs)}
+    tables.update({f"{setting} last": partial(full, setting, "last") for setting in SETTINGS},
+                  breaks=breaks, maximizer=maximizer, gain=gain)
 
     def fill(match):
         if match[1] not in tables:
-            sys.exit(f"table.py: {page} asks for an unknown table: {match[1]}")
+            sys.exit(f"table.py: {page} asks for an unknown table, {match[1]}: try {[*tables]}")
         return f"<!-- table {match[1]} -->\n\n{tables[match[1]]()}\n<!-- end -->"
 
-    differ = 0
+    status = 0
     for page in (HERE.parent / "README.md", HERE / "README.md"):
         old = page.read_text()
         if old.count("<!-- table ") != old.count("<!-- end -->"):
             sys.exit(f"table.py: {page} has a marker without its other half")
         new = re.sub("<!-- table (.*?) -->.*?<!-- end -->", fill, old, flags=re.DOTALL)
-        if args.write:
+        if "--write" in sys.argv:
             page.write_text(new)
-        elif args.check and new != old:
+        elif new != old:
             print(f"{page} differs from the raw rows: python3 results/table.py --write")
-            differ = 1
-    if not (args.write or args.check):
-        for name, make in tables.items():
-            print(f"{name}\n\n{make()}")
-    return differ
+            status = 1
+    return status
 
 
 if __name__ == "__main__":
