@@ -3,7 +3,7 @@
 The loss is that of the method, cross-entropy or KL. All attacks start from the same points near x.
 The best fixed step of PGD is the one of five that reaches the highest loss on other test images
 than those reported. A line search takes three more forward passes per gradient. "Best of 100" is
-each image's highest loss under PGD-100, with a fixed and a decaying step, and all attacks of ten
+each image's highest loss under PGD-100, with steps of eps/4 or decaying, and all attacks of ten
 steps. Errors are standard errors, over the images, of a loss's distance to it.
 """
 import argparse
@@ -18,9 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import load_dataset, pgd
 from l2l_adv import METHODS, learned_attack, load_run, normalize_gradient
 
-SHARES = (1 / 8, 1 / 4, 1 / 3, 1 / 2, 1)  # of eps
 U = torch.linspace(-4, 4, 65)  # an input of m_φ: the gradient over its mean absolute value
-T = range(10)
 
 
 class FixedStep(torch.nn.Module):
@@ -32,22 +30,22 @@ class FixedStep(torch.nn.Module):
 
 @torch.no_grad()
 def unroll(optimizer, inputs):
-    """The steps δ_t in units of eps, (N,) each, for the inputs u_t, (N,) each."""
+    """The steps δ_t in units of eps for inputs u_t, (N,) each. Returns (T, N)."""
     steps = []
     state = None
     for u in inputs:
         delta, state = optimizer(u, state)
         steps.append(delta)
-    return steps
+    return torch.stack(steps)
 
 
-def behavior(optimizer, model, objective, x, y, eps):
+def behavior(optimizer, model, x, y, **settings):
     """The mean |δ_t| of an attack, and the share of pixels where δ_t and δ_{t−1} oppose."""
     trace = []
-    learned_attack(model, optimizer, x, y, eps=eps, objective=objective, trace=trace)
-    steps = unroll(optimizer, [normalize_gradient(g) for g in trace[1:]])
-    turns = [(before * step < 0).double().mean().item() for before, step in zip(steps, steps[1:])]
-    return {"length": [step.abs().mean().item() for step in steps], "turns": [None, *turns]}
+    learned_attack(model, optimizer, x, y, trace=trace, **settings)
+    steps = unroll(optimizer, map(normalize_gradient, trace[1:]))
+    turns = (steps[1:] * steps[:-1] < 0).double().mean(1)
+    return {"length": steps.abs().mean(1).tolist(), "turns": [None, *turns.tolist()]}
 
 
 def analyse(folder, limit):
@@ -65,31 +63,30 @@ def analyse(folder, limit):
         x_adv = attack(model, x=x, y=y, eps=eps, objective=objective)
         return objective.inner_loss(model(x_adv), objective.target(model, x, y)).double()
 
-    ends = {}
-    best = []
+    decaying = partial(pgd, step_size=eps, decay=True)
+    attacks = {"PGD, decaying step": decaying,
+               "PGD, line search": partial(pgd, step_size=eps, line_search=True)}
+    if optimizer:
+        attacks["learned"] = partial(learned_attack, optimizer=optimizer)
+    ends = {name: [losses(partial(attack, steps=steps)) for steps in range(1, 11)]
+            for name, attack in attacks.items()}
+    ends["PGD, best fixed step"] = []
     for steps in range(1, 11):
-        fixed = [partial(pgd, step_size=share * eps, steps=steps) for share in SHARES]
-        means = [losses(attack, x_other, y_other).mean() for attack in fixed]
-        best.append(means.index(max(means)))
-        attacks = {"PGD, best fixed step": fixed[best[-1]],
-                   "PGD, decaying step": partial(pgd, step_size=eps, steps=steps, decay=True),
-                   "PGD, line search": partial(pgd, step_size=eps, steps=steps, line_search=True)}
-        if optimizer:
-            attacks["learned"] = partial(learned_attack, optimizer=optimizer, steps=steps)
-        for name, attack in attacks.items():
-            ends.setdefault(name, []).append(losses(attack))
+        fixed = [partial(pgd, step_size=share * eps, steps=steps)
+                 for share in (1 / 8, 1 / 4, 1 / 3, 1 / 2, 1)]
+        best = max(fixed, key=lambda attack: losses(attack, x_other, y_other).mean())
+        ends["PGD, best fixed step"].append(losses(best))
     hundred = torch.stack([losses(partial(pgd, step_size=eps / 4, steps=100)),
-                           losses(partial(pgd, step_size=eps, steps=100, decay=True)),
-                           *(end[-1] for end in ends.values())]).amax(0)
+                           losses(partial(decaying, steps=100)),
+                           *(each[-1] for each in ends.values())]).amax(0)
     result = {"run": f"{settings.dataset} {settings.start} {settings.method} s{settings.seed}",
-              "images": limit, "best fixed": [SHARES[i] for i in best],
-              "best of 100": hundred.mean().item(),
+              "images": limit, "best of 100": hundred.mean().item(),
               "loss": {name: [end.mean().item() for end in each] for name, each in ends.items()},
               "error": {name: [(hundred - end).std().item() / limit ** 0.5 for end in each]
                         for name, each in ends.items()}}
     if optimizer:
-        of = partial(behavior, model=model, objective=objective, x=x, y=y, eps=eps)
-        result.update(response=[step.tolist() for step in unroll(optimizer, [U] * 10)],
+        of = partial(behavior, model=model, x=x, y=y, eps=eps, objective=objective)
+        result.update(response=unroll(optimizer, [U] * 10).tolist(),
                       learned=of(optimizer), fixed=of(FixedStep()))
     return result
 
@@ -106,10 +103,10 @@ def draw(path, results):
         axes[0].set(title=result["run"], xlabel="u, the same since t = 0", ylabel="step / eps")
         for ax, what, label in ((axes[1], "length", "mean |step| / eps"),
                                 (axes[2], "turns", "share of pixels that change direction")):
-            ax.plot(T, result["fixed"][what], "k-s", label="PGD, eps/4")
-            ax.plot(T, result["learned"][what], "C0-o", label="learned")
+            ax.plot(result["fixed"][what], "k-s", label="PGD, eps/4")
+            ax.plot(result["learned"][what], "C0-o", label="learned")
             ax.set(xlabel="t", ylabel=label, ylim=(0, None))
-        for (name, loss), style in zip(result["loss"].items(), ("k-s", "C1-^", "C2-v", "C0-o")):
+        for (name, loss), style in zip(result["loss"].items(), ("C1-^", "C2-v", "C0-o", "k-s")):
             axes[3].errorbar(range(1, 11), loss, result["error"][name], fmt=style, label=name)
         axes[3].axhline(result["best of 100"], color="k", linestyle=":", label="best of 100 steps")
         axes[3].set(xlabel="gradients of the attack", ylabel="inner loss at its end")
@@ -118,14 +115,13 @@ def draw(path, results):
     figure.savefig(path, dpi=100)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", help="folders made by l2l_adv.py train")
-    parser.add_argument("--limit", type=int, default=500, help="test images; default 500")
-    parser.add_argument("--json", metavar="FILE", default="results/analyse.json")
-    parser.add_argument("--figure", metavar="FILE.png", help="needs matplotlib")
-    args = parser.parse_args()
-    results = [analyse(folder, args.limit) for folder in args.runs]
-    Path(args.json).write_text("[" + ",\n".join(map(json.dumps, results)) + "]\n")
-    if args.figure:
-        draw(args.figure, results)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("runs", nargs="+", help="folders made by l2l_adv.py train")
+parser.add_argument("--limit", type=int, default=500, help="test images; default 500")
+parser.add_argument("--json", metavar="FILE", required=True)
+parser.add_argument("--figure", metavar="FILE.png", help="needs matplotlib")
+args = parser.parse_args()
+results = [analyse(folder, args.limit) for folder in args.runs]
+Path(args.json).write_text("[" + ",\n".join(map(json.dumps, results)) + "]\n")
+if args.figure:
+    draw(args.figure, results)

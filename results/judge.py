@@ -3,14 +3,12 @@
 An image has to survive all of these, each from the same seed:
     natural, pgd-10, pgd-100   PGD from near x with steps of eps/4, on all images
     learned-10                 with the φ of the run, or of its learned twin if it has none
-    apgd-ce, apgd-t            100 steps of APGD [1]; cross-entropy, and targeted DLR to 3 classes
+    apgd-ce, apgd-t            100 steps of APGD; cross-entropy, and targeted DLR to 3 classes
     decay-20                   PGD with a decaying step size
     square-8th                 5,000 queries of Square, on the eighth of the survivors with the
                                highest cross-entropy under decay-20
 From learned-10 on, an attack meets the survivors only, and its number is what is left after it.
 Torch and device are those of the judge. A key that the file has already is not judged again.
-
-[1] Croce & Hein, Reliable Evaluation of Adversarial Robustness, ICML 2020: AutoAttack
 """
 import argparse
 import json
@@ -58,26 +56,26 @@ def attack_survivors(model, x, y, alive, attacks, eps):
 
 def judge(model, optimizer, x, y, eps, autoattack):
     """Return the accuracies, and which images survive, a mask (N,)."""
+    fixed = partial(pgd, eps=eps, step_size=eps / 4)
+    on_all = {"pgd-10": partial(fixed, steps=10), "pgd-100": partial(fixed, steps=100)}
     apgd = library("APGD", eps, steps=100)
     square = library("Square", eps, n_queries=5000)
-    correct, _ = evaluate(model, x, y, {
-        "pgd-10": partial(pgd, eps=eps, step_size=eps / 4, steps=10),
-        "pgd-100": partial(pgd, eps=eps, step_size=eps / 4, steps=100)}, eps=eps)
+    on_survivors = {
+        "learned-10": lambda model, x, y: learned_attack(model, optimizer, x, y, eps=eps),
+        "apgd-ce": apgd, "apgd-t": library("APGDT", eps, steps=100, n_classes=4),
+        "decay-20": partial(pgd, eps=eps, step_size=eps, steps=20, decay=True),
+        "square-8th": square}
+    standard = {  # AutoAttack; that of torchattacks takes 10 steps in place of 100
+        "apgd-ce": apgd, "apgd-t": library("APGDT", eps, steps=100),
+        "fab-t": library("FAB", eps, steps=100, multi_targeted=True), "square": square}
+    correct, _ = evaluate(model, x, y, on_all, eps=eps)
     alive = correct.pop("worst")
     accuracy = {name: right.double().mean().item() for name, right in correct.items()}
-    accuracy.update(attack_survivors(model, x, y, alive, {
-        "learned-10": lambda model, x, y: learned_attack(model, optimizer, x, y, eps=eps),
-        "apgd-ce": apgd,
-        "apgd-t": library("APGDT", eps, steps=100, n_classes=4),
-        "decay-20": partial(pgd, eps=eps, step_size=eps, steps=20, decay=True),
-        "square-8th": square}, eps))
+    accuracy.update(attack_survivors(model, x, y, alive, on_survivors, eps))
     accuracy["judge"] = accuracy["square-8th"]
-    if autoattack:  # the standard one; that of torchattacks takes 10 steps in place of 100
-        accuracy["autoattack"] = attack_survivors(model, x, y, correct["natural"].clone(), {
-            "apgd-ce": apgd,
-            "apgd-t": library("APGDT", eps, steps=100),
-            "fab-t": library("FAB", eps, steps=100, multi_targeted=True),
-            "square": square}, eps)["square"]
+    if autoattack:
+        left = attack_survivors(model, x, y, correct["natural"].clone(), standard, eps)
+        accuracy["autoattack"] = left["square"]
     return {name: round(value, 4) for name, value in accuracy.items()}, alive
 
 
@@ -114,7 +112,7 @@ def judge_run(folder, args):
     run = key_of(settings)
     if not any(row["run"] == run for row in read(args.logs_file)):
         append(args.logs_file, [{"run": run, **row} for row in log])
-    data = load_dataset(settings.dataset, args.data_dir)
+    data = load_dataset(settings.dataset)
     x = data.x_test[:args.limit].to(device).float() / 255
     y = data.y_test[:args.limit].to(device)
 
@@ -154,7 +152,6 @@ if __name__ == "__main__":
     parser.add_argument("--autoattack", action="store_true", help="the standard AutoAttack, too")
     parser.add_argument("--runs-file", default=HERE / "runs.jsonl")
     parser.add_argument("--logs-file", default=HERE / "logs.jsonl")
-    parser.add_argument("--data-dir")
     args = parser.parse_args()
     for folder in args.runs:
         judge_run(folder, args)
