@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import load_dataset, pgd
 from l2l_adv import METHODS, learned_attack, load_run, normalize_gradient
 
+SHARES = {"eps/8": 1 / 8, "eps/4": 1 / 4, "eps/3": 1 / 3, "eps/2": 1 / 2, "eps": 1.0}
 U = torch.linspace(-4, 4, 65)  # an input of m_φ: the gradient over its mean absolute value
 
 
@@ -63,24 +64,25 @@ def analyse(folder, limit):
         x_adv = attack(model, x=x, y=y, eps=eps, objective=objective)
         return objective.inner_loss(model(x_adv), objective.target(model, x, y)).double()
 
+    ends = {"PGD, best fixed step": []}
+    best = []
+    for steps in range(1, 11):
+        fixed = {name: partial(pgd, step_size=share * eps, steps=steps)
+                 for name, share in SHARES.items()}
+        best.append(max(fixed, key=lambda name: losses(fixed[name], x_other, y_other).mean()))
+        ends["PGD, best fixed step"].append(losses(fixed[best[-1]]))
     decaying = partial(pgd, step_size=eps, decay=True)
     attacks = {"PGD, decaying step": decaying,
                "PGD, line search": partial(pgd, step_size=eps, line_search=True)}
     if optimizer:
         attacks["learned"] = partial(learned_attack, optimizer=optimizer)
-    ends = {name: [losses(partial(attack, steps=steps)) for steps in range(1, 11)]
-            for name, attack in attacks.items()}
-    ends["PGD, best fixed step"] = []
-    for steps in range(1, 11):
-        fixed = [partial(pgd, step_size=share * eps, steps=steps)
-                 for share in (1 / 8, 1 / 4, 1 / 3, 1 / 2, 1)]
-        best = max(fixed, key=lambda attack: losses(attack, x_other, y_other).mean())
-        ends["PGD, best fixed step"].append(losses(best))
+    for name, attack in attacks.items():
+        ends[name] = [losses(partial(attack, steps=steps)) for steps in range(1, 11)]
     hundred = torch.stack([losses(partial(pgd, step_size=eps / 4, steps=100)),
                            losses(partial(decaying, steps=100)),
                            *(each[-1] for each in ends.values())]).amax(0)
     result = {"run": f"{settings.dataset} {settings.start} {settings.method} s{settings.seed}",
-              "images": limit, "best of 100": hundred.mean().item(),
+              "images": limit, "best fixed step": best, "best of 100": hundred.mean().item(),
               "loss": {name: [end.mean().item() for end in each] for name, each in ends.items()},
               "error": {name: [(hundred - end).std().item() / limit ** 0.5 for end in each]
                         for name, each in ends.items()}}
@@ -106,7 +108,7 @@ def draw(path, results):
             ax.plot(result["fixed"][what], "k-s", label="PGD, eps/4")
             ax.plot(result["learned"][what], "C0-o", label="learned")
             ax.set(xlabel="t", ylabel=label, ylim=(0, None))
-        for (name, loss), style in zip(result["loss"].items(), ("C1-^", "C2-v", "C0-o", "k-s")):
+        for (name, loss), style in zip(result["loss"].items(), ("k-s", "C1-^", "C2-v", "C0-o")):
             axes[3].errorbar(range(1, 11), loss, result["error"][name], fmt=style, label=name)
         axes[3].axhline(result["best of 100"], color="k", linestyle=":", label="best of 100 steps")
         axes[3].set(xlabel="gradients of the attack", ylabel="inner loss at its end")

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -49,27 +50,22 @@ def spread(runs, name):
 
 
 def full(setting, checkpoint="best"):
-    """Every row, under several attacks."""
     names = ["natural", "pgd-10", "pgd-100", "judge"]
     return markdown(["start", "loss", "attack in training", *names, "seeds"], [
         [*row, *(spread(runs, name) for name in names), len(runs)]
         for row, runs in group("runs.jsonl", setting, checkpoint).items()])
 
 
-def last(setting):
-    """The same of the last checkpoints."""
-    return full(setting, "last")
-
-
 def short(setting):
     """The judge's accuracy only: a row for each attack, a column for each loss and start."""
     found = group("runs.jsonl", setting, "best")
-    columns = [(start, loss) for loss in ("cross-entropy", "TRADES") for start in STARTS.values()
-               if any(row[:2] == (start, loss) for row in found)]
-    return markdown(["attack in training", *(f"{loss}, {start}" for start, loss in columns)], [
-        [attack, *(spread(found[(*column, attack)], "judge") if (*column, attack) in found else "–"
-                   for column in columns)]
-        for attack in ATTACKS.values() if any(row[2] == attack for row in found)])
+    columns = sorted({row[:2] for row in found}, key=lambda column: (column[1].lower(), column))
+    rows = {}
+    for (start, loss, attack), runs in found.items():
+        row = rows.setdefault(attack, ["–"] * len(columns))
+        row[columns.index((start, loss))] = spread(runs, "judge")
+    return markdown(["attack in training", *(f"{loss}, {start}" for start, loss in columns)],
+                    [[attack, *rows[attack]] for attack in ATTACKS.values() if attack in rows])
 
 
 def pairs(setting):
@@ -122,7 +118,8 @@ def maximizer(_):
 def fill(match):
     """The new content of a pair of markers, such as <!-- table mnist pairs -->."""
     setting, _, kind = match[1].rpartition(" ")
-    kinds = {make.__name__: make for make in (full, last, short, pairs, breaks, maximizer)}
+    kinds = {"full": full, "last": partial(full, checkpoint="last"), "short": short,
+             "pairs": pairs, "breaks": breaks, "maximizer": maximizer}
     if kind not in kinds or setting not in ("", *SETTINGS):
         sys.exit(f"table.py: there is no table {match[1]}, but {[*kinds]} of {[*SETTINGS]}")
     return f"<!-- table {match[1]} -->\n\n{kinds[kind](setting)}\n<!-- end -->"
