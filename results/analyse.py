@@ -42,6 +42,7 @@ def unroll(optimizer, inputs):
 
 def behavior(optimizer, model, x, y, **settings):
     """The mean |δ_t| of an attack, and the share of pixels where δ_t and δ_{t−1} oppose."""
+    torch.manual_seed(0)
     trace = []
     learned_attack(model, optimizer, x, y, trace=trace, **settings)
     steps = unroll(optimizer, map(normalize_gradient, trace[1:]))
@@ -81,7 +82,7 @@ def analyse(folder, limit):
     hundred = torch.stack([losses(partial(pgd, step_size=eps / 4, steps=100)),
                            losses(partial(decaying, steps=100)),
                            *(each[-1] for each in ends.values())]).amax(0)
-    result = {"run": f"{settings.dataset} {settings.start} {settings.method} s{settings.seed}",
+    result = {"run": "/".join(Path(folder).parts[-3:]),  # mnist/gaussian/rnn-adv-s0
               "images": limit, "best fixed step": best, "best of 100": hundred.mean().item(),
               "loss": {name: [end.mean().item() for end in each] for name, each in ends.items()},
               "error": {name: [(hundred - end).std().item() / limit ** 0.5 for end in each]

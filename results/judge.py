@@ -128,6 +128,8 @@ def judge_run(folder, args):
         if optimizer is None and args.twin:
             _, optimizer, theirs = load_run(args.twin, checkpoint[:4], device)
             twin = key_of(theirs)
+        if optimizer is None:
+            sys.exit(f"judge.py: {folder} has no learned optimizer: name its twin with --twin")
         accuracy, alive = judge(model, optimizer, x, y, settings.eps, args.autoattack)
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
                                 capture_output=True).stdout.strip()

@@ -15,8 +15,9 @@ from statistics import mean, median, stdev
 HERE = Path(__file__).resolve().parent
 SETTINGS = {"mnist": "mnist 16000x3 cnn4", "mnist-long": "mnist allx3 cnn4",
             "cifar10": "cifar10 allx5 small", "gpu": "cifar10 allx30 vgg16"}
-ATTACKS = {"": "PGD, eps/4", "step_size=0.1": "PGD, eps/3", "decay": "PGD, decaying step",
-           "line-search": "PGD, line search", "cell=rnn": "learned, RNN", "rnn": "learned, LSTM"}
+ATTACKS = {"PGD": "PGD, eps/4", "PGD step_size=0.1": "PGD, eps/3",
+           "PGD decay": "PGD, decaying step", "PGD line-search": "PGD, line search",
+           "learned cell=rnn": "learned, RNN", "learned": "learned, LSTM"}
 STARTS = {"gaussian": "near x", "uniform": "uniform"}
 T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by degrees of freedom
 
@@ -25,13 +26,12 @@ def group(file, setting, checkpoint=""):
     """Return {(start, loss, attack): {seed: line}} of a file, in the order of the tables."""
     found = {}
     for line in map(json.loads, open(HERE / file)):
-        *words, start, method, rest = line["run"].split(" ", 5)
-        changed, _, seed = f" {rest}".rpartition(" ")
-        loss = "TRADES" if "trades" in method else "cross-entropy"
-        attack = changed.strip() or ("rnn" if "rnn" in method else "")
-        if " ".join(words) == SETTINGS[setting] and checkpoint in line.get("checkpoint", ""):
-            row = STARTS[start], loss, ATTACKS.get(attack, attack)
-            found.setdefault(row, {})[seed] = line
+        words = line["run"].split()  # data, images x epochs, model, start, method, …, seed
+        if words[:3] == SETTINGS[setting].split() and checkpoint in line.get("checkpoint", ""):
+            loss = "TRADES" if "trades" in words[4] else "cross-entropy"
+            attack = " ".join(["learned" if "rnn" in words[4] else "PGD", *words[5:-1]])
+            row = STARTS[words[3]], loss, ATTACKS.get(attack, attack)
+            found.setdefault(row, {})[words[-1]] = line
     if len({line.get("test_images") for runs in found.values() for line in runs.values()}) > 1:
         sys.exit(f"table.py: the runs of {setting} were judged on different numbers of images")
     order = [*ATTACKS.values(), *(attack for _, _, attack in found)]
@@ -50,7 +50,7 @@ def spread(runs, name):
 
 
 def full(setting, checkpoint="best"):
-    names = ["natural", "pgd-10", "pgd-100", "judge"]
+    names = ["natural", "pgd-10", "pgd-100", "judge"] + ["autoattack"] * (setting == "gpu")
     return markdown(["start", "loss", "attack in training", *names, "seeds"], [
         [*row, *(spread(runs, name) for name in names), len(runs)]
         for row, runs in group("runs.jsonl", setting, checkpoint).items()])
@@ -76,7 +76,7 @@ def pairs(setting):
         for (*their_kind, rival), theirs in found.items():
             gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
                      for seed in ours if seed in theirs]
-            if kind == their_kind and "PGD" in rival and "PGD" not in attack and len(gains) > 1:
+            if kind == their_kind and "PGD" in rival and "learned" in attack and len(gains) > 1:
                 gain = mean(gains)
                 error = stdev(gains) / len(gains) ** 0.5
                 half = T_975[len(gains) - 2] * error
