@@ -8,7 +8,7 @@ An image has to survive all of these, each from the same seed:
     square-8th                 5,000 queries of Square, on the eighth of the survivors with the
                                highest cross-entropy under decay-20
 From learned-10 on, an attack meets the survivors only, and its number is what is left after it.
-Torch and device are those of the judge. A key that the file has already is not judged again.
+Commit, torch and device are the judge's. A key that the file has already is not judged again.
 """
 import argparse
 import json
