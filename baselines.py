@@ -65,7 +65,7 @@ def check_batch(x, y, eps=0.5, steps=1, step_size=0.5):
     if not (x.min() >= -SLACK and x.max() <= 1 + SLACK):  # NaN is refused too
         raise InputError("images must lie in [0, 1]: divide by 255, and normalize in the model")
     if not torch.is_tensor(y) or y.shape != x.shape[:1] or y.dtype != torch.int64 or y.min() < 0:
-        raise InputError("labels must be an int64 tensor (B,), one class number per image")
+        raise InputError("labels must be an int64 tensor (B,), one class number from 0 per image")
     if not (isinstance(steps, Integral) and steps >= 1):
         raise InputError(f"steps must be a positive whole number, not {steps!r}")
     for name, size in (("eps", eps), ("step_size", step_size)):
@@ -99,6 +99,8 @@ class Trades(AdvTrain):
     """min_θ CE(f(x), y) + β·max_x' KL(f(x) ‖ f(x'))  [2]."""
 
     def __init__(self, beta=6.0):
+        if not (isinstance(beta, Real) and beta > 0):
+            raise InputError(f"beta must be above 0, not {beta!r}")
         self.beta = beta
 
     def target(self, model, x, y):
@@ -139,7 +141,7 @@ def eval_mode(model):
 
 
 def check_model(model, x, y):
-    """Try the model on two images: it has to return logits with a class for every label y, (B,)."""
+    """Try the model on two images: it has to return logits with a class for every label in y."""
     with torch.no_grad():
         logits = model(x[:2])  # (2, classes)
     classes = max(2, y.max().item() + 1)
@@ -190,7 +192,7 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
 
 # ---- 4. Evaluation -------------------------------------------------------------------------------
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # as for pgd; attacks of other libraries may need gradients
 def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
     """Attack every image with every attack, each from the same random seed.
 
@@ -200,20 +202,21 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
     eps: refuse an attack that leaves the ball. Warns if over a tenth of the images have a zero
     gradient. Raises InputError, and FloatingPointError if logits are NaN or infinite.
     """
-    x, y = check_batch(x, y)
+    x, y = check_batch(x, y, 1.0 if eps is None else eps)
     if "natural" in attacks or "worst" in attacks:
         raise InputError("an attack cannot be called 'natural' or 'worst': choose another name")
     correct = {}
     loss = {}
+    zero = 0
     for name, attack in {"natural": lambda model, x, y: x, **attacks}.items():
         correct[name] = torch.zeros_like(y, dtype=torch.bool)
         loss[name] = torch.zeros_like(y, dtype=x.dtype)
         with eval_mode(model), torch.random.fork_rng([x.device] if x.is_cuda else []):
-            check_model(model, x, y)
+            if name == "natural":
+                check_model(model, x, y)
             torch.manual_seed(seed)
-            for i in progress(range(0, len(x), batch_size), name):
-                batch = slice(i, i + batch_size)
-                x_adv = attack(model, x[batch], y[batch])
+            for batch in progress(torch.arange(len(x), device=x.device).split(batch_size), name):
+                x_adv = attack(model, x[batch], y[batch])  # copies, which an attack may change
                 if x_adv.shape != x[batch].shape:
                     raise InputError(f"the attack {name!r} returned {tuple(x_adv.shape)}")
                 if (x_adv - project(x_adv, x[batch], eps or 1)).abs().max() > SLACK:
@@ -225,25 +228,23 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
                                              "or the attack returned NaN")
                 correct[name][batch] = logits.argmax(1) == y[batch]
                 loss[name][batch] = F.cross_entropy(logits, y[batch], reduction="none")
-            if name == "natural" and attacks:
-                warn_of_zero_gradients(model, x, y, batch_size)
+                if name == "natural" and attacks:
+                    zero += count_zero_gradients(model, x[batch], y[batch])
+    if zero > 0.1 * len(x):
+        warnings.warn(f"{zero} of {len(x)} images have a zero gradient: attacks that follow it "
+                      "cannot move them, and the model looks more robust than it is")
     correct["worst"] = torch.stack(list(correct.values())).all(0)
     return correct, loss
 
 
-def warn_of_zero_gradients(model, x, y, batch_size):
-    """Warn if the cross-entropy has no gradient at more than a tenth of the images."""
-    movable = 0
-    for i in progress(range(0, len(x), batch_size), "gradients"):
-        images = x[i:i + batch_size].detach().requires_grad_()
-        with torch.enable_grad():
-            loss = F.cross_entropy(model(images), y[i:i + batch_size], reduction="sum")
-        if loss.requires_grad:
-            g, = torch.autograd.grad(loss, images, materialize_grads=True)
-            movable += g.flatten(1).any(1).sum().item()
-    if movable < 0.9 * len(x):
-        warnings.warn(f"{len(x) - movable} of {len(x)} images have a zero gradient: attacks that "
-                      "follow it cannot move them, and the model looks more robust than it is")
+def count_zero_gradients(model, x, y):
+    """The number of images, (B, C, H, W), where the cross-entropy has an all-zero gradient."""
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(x.requires_grad_()), y, reduction="sum")
+    if not loss.requires_grad:
+        return len(x)
+    g, = torch.autograd.grad(loss, x, materialize_grads=True)
+    return (g == 0).flatten(1).all(1).sum().item()
 
 
 def progress(items, label):
@@ -323,8 +324,11 @@ def VGG16(in_channels=3, num_classes=10):
     layers = []
     last = in_channels
     for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
-        layers += [conv(last, width), *bn_relu(width)] if width else [nn.MaxPool2d(2)]
-        last = width or last
+        if width == 0:
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [conv(last, width), *bn_relu(width)]
+            last = width
     layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
     return Classifier(in_channels, *layers)
 
@@ -468,6 +472,8 @@ def read_cifar10(folder, suffix):
                 y = np.asarray(batch.get("labels", batch.get(b"labels")), np.uint8)
             images.append(x.reshape(len(y), 3, 32, 32))
             labels.append(y)
+            if len(y) != len(labels[0]):
+                raise ValueError("it is not as long as data_batch_1")
     return to_dataset(folder, np.concatenate(images[:5]), np.concatenate(labels[:5]), images[5],
                       labels[5])
 
@@ -515,7 +521,8 @@ def hold_out(data, limit=None):
     The split is always the same. Returns x, y to train on, and x, y held out."""
     x, y, _, _ = data
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] > x.shape[3] or len(x) < 5:
-        raise InputError(f"a Dataset needs a uint8 tensor (N, C, H, W), N ≥ 5, not {x.shape}")
+        raise InputError("a Dataset needs five or more uint8 images, channels before height and "
+                         f"width, (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
     if len(x) != len(y):
         raise InputError(f"a Dataset needs as many labels as images, not {len(y)} and {len(x)}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

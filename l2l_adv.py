@@ -15,8 +15,8 @@ ball around x and onto [0, 1].
       φ ascends Σ_{t=1..T} w_t L(f_θ(x'_t), y), w_t = t   phi_gradient, update
       θ descends L(f_θ(x'_T), y)                          theta_gradient, update
 
-We know the paper's abstract and its algorithm, not its full text. These are the choices that we
-made, the first one against the paper as far as we know it, the others where it is silent:
+We know the paper's abstract and its algorithm, not its full text. The cell, the images that φ
+learns from and g_T differ from it. The other choices are ours where we do not know the paper's:
 
                         here                                                 instead
     cell                an LSTM of 450 weights; the paper's RNN has 120      --cell rnn
@@ -27,8 +27,8 @@ made, the first one against the paper as far as we know it, the others where it 
     first weights of φ  such that the first step follows the sign of g
     φ learns from       a sixteenth of the images in the batch               --phi-share 1
     g_T                 comes from θ's backward pass, at no cost
-    batch norm          attacks use its running statistics; θ's update and
-                        the free g_T those of the batch, x and x' together
+    batch norm          attacks use its running statistics; θ's update, and so
+                        g_T, those of the batch (TRADES: x and x' together)
     optimizers          SGD with momentum for θ, Adam for φ, one-cycle       --lr, --phi-lr
     clipping            θ's gradient to norm 10, φ's to norm 1               --clip inf (θ)
     small classifiers   batches of 64; eps grows in the first quarter        --eps-warmup 0
@@ -80,7 +80,8 @@ class LearnedOptimizer(nn.Module):
         self.W_out = nn.Parameter(torch.empty(1, hidden_size))
         nn.init.uniform_(self.W, -bound, bound)
         # The weights from u to the candidate and from h to δ are positive, so that the first step
-        # follows the sign of the gradient. They are larger in an LSTM, whose gates shrink the step.
+        # follows the sign of the gradient. The gates of an LSTM shrink it, so its candidate's are
+        # larger.
         nn.init.uniform_(self.W_out, 0, bound)
         if cell == "lstm":
             nn.init.uniform_(self.W[2 * hidden_size:3 * hidden_size, 0], 0, 5 * bound)
@@ -198,6 +199,8 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
         opt_phi.zero_grad()
         phi_gradient(optimizer, x, trace[0], [*trace[1:], g_T], eps)
         update(losses.mean(), phi=(optimizer, opt_phi, PHI_CLIP))
+    if not opt_phi.state:
+        raise InputError("train_optimizer got no batch: was the generator used before?")
     return optimizer
 
 
@@ -211,24 +214,26 @@ def theta_gradient(model, x, x_adv, y, objective, opt_theta):
     return loss.detach()
 
 
-def update(loss, **players):
-    """Clip the gradients of every player, then let them step: both networks move, or neither.
+def update(loss, **networks):
+    """Clip the gradients of every network, then let all step, or none.
 
-    players: theta=(model, opt_theta, clip), phi=(optimizer, opt_phi, clip). Returns the loss and
+    networks: theta=(model, opt_theta, clip), phi=(optimizer, opt_phi, clip). Returns the loss and
     the norms before clipping. Raises FloatingPointError if one of these numbers is not finite (the
-    statistics of batch norm have moved then), and InputError if opt has only other weights.
+    statistics of batch norm have moved then), and InputError if an opt holds no weight of its
+    network.
     """
     numbers = {"loss": loss}
-    for name, (network, opt, clip) in players.items():
+    for name, (network, opt, clip) in networks.items():
         weights = [weight for group in opt.param_groups for weight in group["params"]]
         if set(weights).isdisjoint(network.parameters()):
             raise InputError(f"opt_{name} holds no weight of the {type(network).__name__} that it "
                              "should move: are opt_theta and opt_phi swapped?")
         numbers[f"{name}_norm"] = nn.utils.clip_grad_norm_(weights, clip)
-    numbers = dict(zip(numbers, torch.stack([*numbers.values()]).tolist()))
-    if not all(map(math.isfinite, numbers.values())):
+    values = torch.stack([*numbers.values()]).tolist()  # one synchronization for all
+    numbers = dict(zip(numbers, values))
+    if not all(map(math.isfinite, values)):
         raise FloatingPointError(f"a loss or gradient is not finite: {numbers}")
-    for _, opt, _ in players.values():
+    for _, opt, _ in networks.values():
         opt.step()
     return numbers
 
@@ -359,23 +364,23 @@ def train(settings, model=None, data=None):
         torch.manual_seed(int(rng.integers(2 ** 60)) + rank)
         model.train()
         log = []
-        for step in progress(range(steps_per_epoch), f"epoch {epoch}"):
-            batch = order[step * batch_size:(step + 1) * batch_size][rank::world]
-            x = x_train[batch]
-            y = y_train[batch]
-            if settings.dataset == "cifar10":
-                x = augment(x, settings.padding)
-            x = x.float() / 255
-            done = (epoch - 1 + (step + 0.5) / steps_per_epoch) / settings.epochs
-            # One cycle: the learning rates rise for a third of the training, then fall to 0.
-            cycle = min(3 * done, 1.5 * (1 - done))
-            # eps grows during eps_warmup, a share of the training.
-            ramp = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
-            opt_theta.param_groups[0]["lr"] = settings.lr * cycle
-            common = {"opt_theta": opt_theta, "eps": ramp * settings.eps, "steps": settings.steps,
-                      "objective": objective, "start": settings.start, "clip": settings.clip,
-                      "log": log}
-            try:
+        try:
+            for step in progress(range(steps_per_epoch), f"epoch {epoch}"):
+                batch = order[step * batch_size:(step + 1) * batch_size][rank::world]
+                x = x_train[batch]
+                y = y_train[batch]
+                if settings.dataset == "cifar10":
+                    x = augment(x, settings.padding)
+                x = x.float() / 255
+                done = (epoch - 1 + (step + 0.5) / steps_per_epoch) / settings.epochs
+                # One cycle: the learning rates rise for a third of the training, then fall to 0.
+                cycle = min(3 * done, 1.5 * (1 - done))
+                # eps grows during eps_warmup, a share of the training.
+                ramp = min(1.0, done / settings.eps_warmup) if settings.eps_warmup else 1.0
+                opt_theta.param_groups[0]["lr"] = settings.lr * cycle
+                common = {"opt_theta": opt_theta, "eps": ramp * settings.eps, "log": log,
+                          "steps": settings.steps, "objective": objective,
+                          "start": settings.start, "clip": settings.clip}
                 if maximizer is None:
                     loss = theta_gradient(model, x, x, y, objective, opt_theta)
                     log.append(update(loss, theta=(model, opt_theta, settings.clip)))
@@ -386,11 +391,10 @@ def train(settings, model=None, data=None):
                     opt_phi.param_groups[0]["lr"] = settings.phi_lr * cycle
                     train_step_learned(model, optimizer, x, y, opt_phi=opt_phi,
                                        phi_share=settings.phi_share, **common)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"epoch {epoch}, step {step + 1}: {error}; the epochs "
-                                         "before it are saved") from None
+            correct, _ = evaluate(model, x_held.float() / 255, y_held, attacks, eps=settings.eps)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"epoch {epoch}, step {step + 1}: {error}") from None
 
-        correct, _ = evaluate(model, x_held.float() / 255, y_held, attacks, eps=settings.eps)
         row = {key: np.mean([entry[key] for entry in log]).item() for key in log[0]}
         row["clipped"] = np.mean([entry["theta_norm"] > settings.clip for entry in log]).item()
         row.update(epoch=epoch, accuracy=means(correct), seconds=round(time.time() - begin, 1))
@@ -554,6 +558,8 @@ def eval_runs(args):
     if len(kinds) > 1:
         raise InputError("these runs differ in data set or eps: evaluate them separately")
     (dataset, eps), = kinds
+    if dataset == OWN:
+        raise InputError("these runs are of data of your own: use load_run and evaluate in Python")
     names = args.attacks.split(",")
     make_attacks(names, eps, None)  # so that an unknown name is noticed before the first attack
     data = load_dataset(dataset, args.data_dir)
@@ -562,7 +568,7 @@ def eval_runs(args):
     y = data.y_test[:limit].to(device)
 
     columns = ["natural", *names, "worst"]
-    width = max(map(len, args.runs))
+    width = max(map(len, ["run", *args.runs]))
     print(f"{dataset}, eps = {255 * eps:g}/255, {len(x)} test images, {args.checkpoint} "
           f"checkpoint, attack seed {args.seed}; accuracy in %, worst: all attacks of the row")
     print(f"{'run':{width}}" + "".join(f"{name:>12}" for name in columns))
@@ -629,18 +635,18 @@ def get_args(argv=None):
     add("--method", choices=METHODS, default="rnn-adv", help="default %(default)s")
     add("--dataset", choices=DATASETS, default="synthetic", help="default %(default)s")
     add("--model", choices=MODELS, help="default: small; mnist cnn4; cifar10 vgg16")
-    add("--padding", type=number(0, 32, int), help="of crops, cifar10; small 0, else 4")
+    add("--padding", type=number(0, 32, int), help="of random crops, cifar10; default 4; small, cnn4 0")
     add("--start", choices=("gaussian", "uniform"), default="gaussian", help="default gaussian")
     add("--steps", type=count, default=10, help="T, steps of the attack; default 10")
     add("--eps-warmup", type=number(0, 1), help="share of the training in which eps grows")
-    add("--step-size", type=pixels, help="of PGD; default eps/4; with a decay or search eps")
+    add("--step-size", type=pixels, help="of PGD; default eps/4; with --decay, --line-search eps")
     add("--decay", action="store_true", help="PGD with a decaying step size (advtrain, trades)")
     add("--line-search", action="store_true", help="PGD with a line search (advtrain, trades)")
     add("--beta", type=positive, default=6.0, help="weight of the KL in TRADES; default 6")
-    add("--cell", choices=("lstm", "rnn"), default="lstm", help="of φ; default lstm")
+    add("--cell", choices=("lstm", "rnn"), default="lstm", help="of m_φ; default lstm")
     add("--phi-lr", type=positive, default=0.01, help="peak learning rate of φ; default 0.01")
-    add("--phi-share", type=number(1e-9, 1), default=1 / 16, help="of images for φ; default 1/16")
-    add("--clip", type=number(1e-9, math.inf), default=CLIP, help="θ's gradient norm; default 10")
+    add("--phi-share", type=number(1e-9, 1), default=1 / 16, help="of the batch for φ; default 1/16")
+    add("--clip", type=number(1e-9, math.inf), default=CLIP, help="norm of θ's gradient; default 10")
     add("--epochs", type=count, help="default 3; cifar10 30")
     add("--batch-size", type=count, help="default 64 for small and cnn4, else 128")
     add("--lr", type=positive, help="peak learning rate of θ; default 0.05 or 0.1, by model")

@@ -239,6 +239,15 @@ def test_evaluate_counts_as_by_hand():
     assert list(loss) == ["natural", "invert", "fgsm"] and torch.equal(correct["worst"], worst)
 
 
+def test_an_attack_that_changes_its_images_in_place_changes_no_other_attack():
+    model, x, y = problem(dtype=torch.float32)
+    spoil = {"spoil": lambda m, x, y: x.fill_(0), "none": lambda m, x, y: x}
+    with pytest.raises(InputError, match="'spoil' left"):
+        evaluate(model, x, y, spoil, eps=0.1)
+    correct, loss = evaluate(model, x, y, spoil)
+    assert torch.equal(loss["none"], loss["natural"]) and x.any()
+
+
 def test_an_attack_meets_the_same_randomness_whatever_else_is_listed():
     model, x, y = problem(dtype=torch.float32)
     model.register_forward_hook(lambda _, x, logits: logits + 0 * torch.rand(1))  # random, too
@@ -281,7 +290,7 @@ def test_evaluate_warns_if_over_a_tenth_of_the_gradients_are_zero(rounded, cut, 
         with torch.inference_mode():
             evaluate(model, x, y, {"none": lambda m, x, y: x}, batch_size=4)
     assert [words in str(each.message) for each in caught] == ([True] if words else [])
-    assert sum(seen) == 12 + 34  # natural, the gradient, the attack, and two twice to try the model
+    assert sum(seen) == 12 + 32  # two to try the model, natural, the gradient, and the attack
 
 
 class NoFloat64(torch.overrides.TorchFunctionMode):
@@ -971,7 +980,7 @@ def test_nan_in_a_training_is_reported_and_resume_ends_in_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(l2l_adv, "theta_gradient", failing)
         assert main([*flags, "run"]) == 1
-    assert re.search("epoch 2, step 2: .*; the epochs before it are saved\n$",
+    assert re.search("epoch 2, step 2: .* not finite: .*\n$",
                      capsys.readouterr().err)
     assert main([*flags, "run"]) == main([*flags, "whole"]) == 0
     assert outcome_of("run") == outcome_of("whole")
@@ -1129,7 +1138,9 @@ def train_on(x, y):
     (lambda: evaluate(NET, X, Y, {"worst": None}), "choose another name"),
     (lambda: LearnedOptimizer(cell="gru"), "unknown cell"),
     (lambda: load_dataset("cifar100"), "unknown data set"),
-    (lambda: train_on(X.byte(), Y), "N ≥ 5"), (lambda: train_on(MANY / 1, Y9), "uint8"),
+    (lambda: train_optimizer(NET, [], eps=0.1), "no batch"), (lambda: Trades(beta=0), "beta must"),
+    (lambda: evaluate(NET, X, Y, {}, eps=0), "eps must"),
+    (lambda: train_on(X.byte(), Y), "five or more"), (lambda: train_on(MANY / 1, Y9), "uint8"),
     (lambda: train_on(MANY[0], Y9), "uint8"), (lambda: train_on(MANY, Y), "as many labels"),
     (lambda: train_on(MANY.permute(0, 2, 3, 1), Y9), r"\(N, C, H, W\).*18, 4, 4, 3"),
     (lambda: load_run("nowhere"), "missing, damaged or unsuitable")])
@@ -1213,6 +1224,7 @@ IDX = "t10k-images-idx3-ubyte"
 
 @pytest.mark.parametrize("name, damage", [
     ("data_batch_2.bin", lambda raw: raw[:-9]), ("data_batch_4.bin", None),
+    ("data_batch_2.bin", lambda raw: raw[:-3073]), ("data_batch_2.bin", lambda raw: b""),
     ("test_batch.bin", lambda raw: b""), ("test_batch.bin", lambda raw: b"\x0a" + raw[1:]),
     (IDX, lambda raw: raw[:-1]), (IDX, lambda raw: raw[:9]), ("t10k-labels-idx1-ubyte", None),
     (IDX, lambda raw: raw[:7] + b"\x06" + raw[8:-28 * 28])])  # six images

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import load_dataset, pgd
-from l2l_adv import METHODS, learned_attack, load_run, normalize_gradient
+from l2l_adv import METHODS, LearnedOptimizer, learned_attack, load_run, normalize_gradient
 
 SHARES = {"eps/8": 1 / 8, "eps/4": 1 / 4, "eps/3": 1 / 3, "eps/2": 1 / 2, "eps": 1.0}
 U = torch.linspace(-4, 4, 65)  # an input of m_φ: the gradient over its mean absolute value
@@ -92,6 +92,9 @@ def analyse(folder, limit):
         of = partial(behavior, model=model, x=x, y=y, eps=eps, objective=objective)
         result.update(response=unroll(optimizer, [U] * 10).tolist(),
                       learned=of(optimizer), fixed=of(FixedStep()))
+        torch.manual_seed(0)
+        untrained = LearnedOptimizer(cell=optimizer.cell)
+        result["untrained"] = unroll(untrained, [U] * 10).tolist()
     return result
 
 
@@ -101,12 +104,13 @@ def draw(path, results):
     results = [result for result in results if "learned" in result]
     figure = Figure(figsize=(14, 3.4 * len(results)), layout="constrained")
     for result, axes in zip(results, figure.subplots(len(results), 4, squeeze=False)):
-        axes[0].plot(U, U.sign(), "k-", linewidth=0.8, label="sign(u)")
+        axes[0].plot([-4, 0, 0, 4], [-1, -1, 1, 1], "k-", linewidth=0.8, label="sign(u)")
+        axes[0].plot(U, result["untrained"][9], "C7-", label="untrained, t = 9")
         for t, style in ((0, "C0:"), (3, "C0--"), (9, "C0-")):
             axes[0].plot(U, result["response"][t], style, label=f"learned, t = {t}")
         axes[0].set(title=result["run"], xlabel="u, the same since t = 0", ylabel="step / eps")
         for ax, what, label in ((axes[1], "length", "mean |step| / eps"),
-                                (axes[2], "turns", "share of pixels that change direction")):
+                                (axes[2], "turns", "share of pixels that turn back")):
             ax.plot(result["fixed"][what], "k-s", label="PGD, eps/4")
             ax.plot(result["learned"][what], "C0-o", label="learned")
             ax.set(xlabel="t", ylabel=label, ylim=(0, None))

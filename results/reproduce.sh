@@ -4,15 +4,19 @@
 #     bash results/reproduce.sh mnist [SEED…]           or mnist-long, cifar10: hours on two cores
 #     timeout 540 bash results/reproduce.sh gpu         with CUDA; repeat it until it is done
 # Environment: MNIST_DIR, CIFAR10_DIR; RUNS, folder of the runs (runs); NUMBERS, folder of
-# runs.jsonl and logs.jsonl (results); to rehearse, EXTRA flags of train, and TEST_LIMIT.
+# runs.jsonl and logs.jsonl (results, where what is judged already is not judged again); ROWS, such
+# as "gaussian/rnn-adv gaussian/advtrain"; to rehearse, EXTRA flags of train, and TEST_LIMIT.
 set -euo pipefail
+python3 -c 'import torchattacks' 2>/dev/null ||
+    { echo "first: python3 -m pip install --no-deps torchattacks scipy" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 seeds="0 1 2" jobs=2
 paper="gaussian/rnn-adv gaussian/advtrain gaussian/rnn-trades gaussian/trades"
 case ${1-} in
     mnist) flags="--dataset mnist --limit 16000" seeds="0 1 2 3 4"
-        rows="$paper gaussian/rnn-adv-rnn ${paper//gaussian/uniform} uniform/advtrain-third
-            uniform/advtrain-decay uniform/trades-decay uniform/advtrain-search" ;;
+        rows="$paper gaussian/rnn-adv-rnn gaussian/advtrain-third gaussian/advtrain-decay
+            ${paper//gaussian/uniform} uniform/advtrain-third uniform/advtrain-decay
+            uniform/trades-decay uniform/advtrain-search" ;;
     mnist-long) flags="--dataset mnist"
         rows="gaussian/rnn-adv gaussian/advtrain uniform/advtrain-decay" ;;
     cifar10) flags="--dataset cifar10 --model small --epochs 5"
@@ -22,6 +26,7 @@ case ${1-} in
             gaussian/trades" ;;
     *) echo "reproduce.sh: say mnist, mnist-long, cifar10 or gpu" >&2; exit 2 ;;
 esac
+rows=${ROWS:-$rows}
 export target=$1 FLAGS="$flags ${EXTRA-}" RUNS=${RUNS:-runs}/$1 NUMBERS=${NUMBERS:-results}
 export TEST_LIMIT=${TEST_LIMIT-} OMP_NUM_THREADS=1
 # With these, glibc keeps freed memory: some CPUs are up to 1.6 times faster.

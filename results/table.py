@@ -2,10 +2,12 @@
 
 With --write, the tables are put between the markers of the pages, <!-- table NAME --> and
 <!-- end -->. With --check, the exit status is 1 if a page differs from the raw rows. Accuracies
-are in %: mean ± standard deviation over the seeds. A row without any run is left out.
+are in %: mean ± standard deviation over the seeds. A row without any run is left out. The raw rows
+are in results/, or in the folder $NUMBERS.
 """
 import json
 import math
+import os
 import re
 import sys
 from functools import partial
@@ -13,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 HERE = Path(__file__).resolve().parent
+NUMBERS = Path(os.environ.get("NUMBERS", HERE))
 SETTINGS = {"mnist": "mnist 16000x3 cnn4", "mnist-long": "mnist allx3 cnn4",
             "cifar10": "cifar10 allx5 small", "gpu": "cifar10 allx30 vgg16"}
 ATTACKS = {"PGD": "PGD, eps/4", "PGD step_size=0.1": "PGD, eps/3",
@@ -25,7 +28,7 @@ T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by de
 def group(file, setting, checkpoint=""):
     """Return {(start, loss, attack): {seed: line}} of a file, in the order of the tables."""
     found = {}
-    for line in map(json.loads, open(HERE / file)):
+    for line in map(json.loads, open(NUMBERS / file)):
         words = line["run"].split()  # data, images x epochs, model, start, method, …, seed
         if words[:3] == SETTINGS[setting].split() and checkpoint in line.get("checkpoint", ""):
             loss = "TRADES" if "trades" in words[4] else "cross-entropy"
@@ -74,16 +77,24 @@ def pairs(setting):
     rows = []
     for (*kind, attack), ours in found.items():
         for (*their_kind, rival), theirs in found.items():
+            seeds = sorted(ours.keys() & theirs.keys())
+            if kind != their_kind or "PGD" not in rival or "learned" not in attack or not seeds:
+                continue
+            won, lost = (sum(len({*b[seed]["broken"]} - {*a[seed]["broken"]}) for seed in seeds)
+                         for a, b in ((ours, theirs), (theirs, ours)))
             gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
-                     for seed in ours if seed in theirs]
-            if kind == their_kind and "PGD" in rival and "learned" in attack and len(gains) > 1:
-                gain = mean(gains)
+                     for seed in seeds]
+            gain = mean(gains)
+            interval = p = "–"
+            if len(gains) > 1:
                 error = stdev(gains) / len(gains) ** 0.5
                 half = T_975[len(gains) - 2] * error
-                rows.append([*kind, attack, rival, f"{gain:+.1f}",
-                             f"{gain - half:+.1f} to {gain + half:+.1f}",
-                             p_value(gain, error, len(gains) - 1), len(gains)])
-    head = ["start", "loss", "attack in training", "minus", "points", "95 % interval", "p", "seeds"]
+                interval = f"{gain - half:+.1f} to {gain + half:+.1f}"
+                p = p_value(gain, error, len(gains) - 1)
+            rows.append([*kind, attack, rival, f"{gain:+.1f}", interval, p, f"{won}, {lost}",
+                         len(seeds)])
+    head = ["start", "loss", "attack in training", "minus", "points", "95 % interval", "p",
+            "images won, lost", "seeds"]
     return markdown(head, rows) + f"\nComparisons: {len(rows)}.\n"
 
 
@@ -111,7 +122,7 @@ def maximizer(_):
     return markdown(["run", "attack", *lengths, "best of 100"], [
         [run["run"], attack, *(f"{loss[n - 1]:.3f} ± {run['error'][attack][n - 1]:.3f}"
                                for n in lengths), f"{run['best of 100']:.3f}"]
-        for run in json.loads((HERE / "analyse.json").read_text())
+        for run in json.loads((NUMBERS / "analyse.json").read_text())
         for attack, loss in run["loss"].items()])
 
 
@@ -125,6 +136,8 @@ def fill(match):
     return f"<!-- table {match[1]} -->\n\n{kinds[kind](setting)}\n<!-- end -->"
 
 
+if sys.argv[1:] not in (["--check"], ["--write"]):
+    sys.exit("table.py: say --check or --write")
 status = 0
 for page in (HERE.parent / "README.md", HERE / "README.md"):
     old = page.read_text()
