@@ -410,7 +410,7 @@ def train(settings, model=None, data=None):
 
 
 def means(tensors):
-    """The mean of each tensor in a dictionary, in float64, which some devices lack."""
+    """The mean of each tensor in a dictionary. NumPy takes it, as some devices lack float64."""
     return {name: np.mean(tensor.tolist()).item() for name, tensor in tensors.items()}
 
 
@@ -635,7 +635,7 @@ def get_args(argv=None):
     add("--method", choices=METHODS, default="rnn-adv", help="default %(default)s")
     add("--dataset", choices=DATASETS, default="synthetic", help="default %(default)s")
     add("--model", choices=MODELS, help="default: small; mnist cnn4; cifar10 vgg16")
-    add("--padding", type=number(0, 32, int), help="of random crops, cifar10; default 4; small, cnn4 0")
+    add("--padding", type=number(0, 32, int), help="of crops (cifar10); default 4; small, cnn4 0")
     add("--start", choices=("gaussian", "uniform"), default="gaussian", help="default gaussian")
     add("--steps", type=count, default=10, help="T, steps of the attack; default 10")
     add("--eps-warmup", type=number(0, 1), help="share of the training in which eps grows")
@@ -645,8 +645,8 @@ def get_args(argv=None):
     add("--beta", type=positive, default=6.0, help="weight of the KL in TRADES; default 6")
     add("--cell", choices=("lstm", "rnn"), default="lstm", help="of m_φ; default lstm")
     add("--phi-lr", type=positive, default=0.01, help="peak learning rate of φ; default 0.01")
-    add("--phi-share", type=number(1e-9, 1), default=1 / 16, help="of the batch for φ; default 1/16")
-    add("--clip", type=number(1e-9, math.inf), default=CLIP, help="norm of θ's gradient; default 10")
+    add("--phi-share", type=number(1e-9, 1), default=1 / 16, help="of each batch, for φ; 1/16")
+    add("--clip", type=number(1e-9, math.inf), default=CLIP, help="θ's gradient norm; default 10")
     add("--epochs", type=count, help="default 3; cifar10 30")
     add("--batch-size", type=count, help="default 64 for small and cnn4, else 128")
     add("--lr", type=positive, help="peak learning rate of θ; default 0.05 or 0.1, by model")
