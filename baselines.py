@@ -202,7 +202,10 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
     eps: refuse an attack that leaves the ball. Warns if over a tenth of the images have a zero
     gradient. Raises InputError, and FloatingPointError if logits are NaN or infinite.
     """
-    x, y = check_batch(x, y, 1.0 if eps is None else eps)
+    radius = 1.0 if eps is None else eps
+    x, y = check_batch(x, y, radius)
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}")
     if "natural" in attacks or "worst" in attacks:
         raise InputError("an attack cannot be called 'natural' or 'worst': choose another name")
     correct = {}
@@ -216,16 +219,7 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
                 check_model(model, x, y)
             torch.manual_seed(seed)
             for batch in progress(torch.arange(len(x), device=x.device).split(batch_size), name):
-                x_adv = attack(model, x[batch], y[batch])  # copies, which an attack may change
-                if x_adv.shape != x[batch].shape:
-                    raise InputError(f"the attack {name!r} returned {tuple(x_adv.shape)}")
-                if (x_adv - project(x_adv, x[batch], eps or 1)).abs().max() > SLACK:
-                    raise InputError(f"the attack {name!r} left [0, 1] or the ball of radius eps")
-                with torch.no_grad():
-                    logits = model(x_adv.clamp(0, 1))
-                if x_adv.isnan().any() or not logits.isfinite().all():
-                    raise FloatingPointError(f"{name}: the model's logits are NaN or infinite, "
-                                             "or the attack returned NaN")
+                logits = attacked_logits(name, attack, model, x[batch], y[batch], radius)
                 correct[name][batch] = logits.argmax(1) == y[batch]
                 loss[name][batch] = F.cross_entropy(logits, y[batch], reduction="none")
                 if name == "natural" and attacks:
@@ -235,6 +229,21 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
                       "cannot move them, and the model looks more robust than it is")
     correct["worst"] = torch.stack(list(correct.values())).all(0)
     return correct, loss
+
+
+def attacked_logits(name, attack, model, x, y, radius):
+    """Attack a batch, check what the attack returns, and return the logits there, (B, classes)."""
+    x_adv = attack(model, x.clone(), y)  # the attack may change its own copy
+    if x_adv.shape != x.shape:
+        raise InputError(f"the attack {name!r} returned {tuple(x_adv.shape)}")
+    if (x_adv - project(x_adv, x, radius)).abs().max() > SLACK:
+        raise InputError(f"the attack {name!r} left [0, 1] or the ball of radius eps")
+    with torch.no_grad():
+        logits = model(x_adv.clamp(0, 1))
+    if x_adv.isnan().any() or not logits.isfinite().all():
+        raise FloatingPointError(f"{name}: the model's logits are NaN or infinite, or the attack "
+                                 "returned NaN")
+    return logits
 
 
 def count_zero_gradients(model, x, y):
@@ -449,6 +458,8 @@ def read_mnist(folder, suffix):
         dims = int(name[-1])
         with reading(path):
             raw = gzip.decompress(path.read_bytes()) if suffix else path.read_bytes()
+            if raw[:4] != bytes([0, 0, 8, dims]):
+                raise ValueError("not an idx file")
             shape = np.frombuffer(raw, ">u4", dims, offset=4)
             arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape))
     x_train, y_train, x_test, y_test = arrays

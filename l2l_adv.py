@@ -80,8 +80,8 @@ class LearnedOptimizer(nn.Module):
         self.W_out = nn.Parameter(torch.empty(1, hidden_size))
         nn.init.uniform_(self.W, -bound, bound)
         # The weights from u to the candidate and from h to δ are positive, so that the first step
-        # follows the sign of the gradient. The gates of an LSTM shrink it, so its candidate's are
-        # larger.
+        # follows the sign of the gradient. The gates of an LSTM shrink the step, so the weights to
+        # its candidate are larger.
         nn.init.uniform_(self.W_out, 0, bound)
         if cell == "lstm":
             nn.init.uniform_(self.W[2 * hidden_size:3 * hidden_size, 0], 0, 5 * bound)
@@ -645,8 +645,10 @@ def get_args(argv=None):
     add("--beta", type=positive, default=6.0, help="weight of the KL in TRADES; default 6")
     add("--cell", choices=("lstm", "rnn"), default="lstm", help="of m_φ; default lstm")
     add("--phi-lr", type=positive, default=0.01, help="peak learning rate of φ; default 0.01")
-    add("--phi-share", type=number(1e-9, 1), default=1 / 16, help="of each batch, for φ; 1/16")
-    add("--clip", type=number(1e-9, math.inf), default=CLIP, help="θ's gradient norm; default 10")
+    add("--phi-share", type=number(1e-9, 1), default=1 / 16,
+        help="share of each batch that φ learns from; default 1/16")
+    add("--clip", type=number(1e-9, math.inf), default=CLIP,
+        help="largest norm of θ's gradient; default 10")
     add("--epochs", type=count, help="default 3; cifar10 30")
     add("--batch-size", type=count, help="default 64 for small and cnn4, else 128")
     add("--lr", type=positive, help="peak learning rate of θ; default 0.05 or 0.1, by model")

@@ -1140,6 +1140,7 @@ def train_on(x, y):
     (lambda: load_dataset("cifar100"), "unknown data set"),
     (lambda: train_optimizer(NET, [], eps=0.1), "no batch"), (lambda: Trades(beta=0), "beta must"),
     (lambda: evaluate(NET, X, Y, {}, eps=0), "eps must"),
+    (lambda: evaluate(NET, X, Y, {}, batch_size=0), "batch_size must"),
     (lambda: train_on(X.byte(), Y), "five or more"), (lambda: train_on(MANY / 1, Y9), "uint8"),
     (lambda: train_on(MANY[0], Y9), "uint8"), (lambda: train_on(MANY, Y), "as many labels"),
     (lambda: train_on(MANY.permute(0, 2, 3, 1), Y9), r"\(N, C, H, W\).*18, 4, 4, 3"),
@@ -1227,6 +1228,7 @@ IDX = "t10k-images-idx3-ubyte"
     ("data_batch_2.bin", lambda raw: raw[:-3073]), ("data_batch_2.bin", lambda raw: b""),
     ("test_batch.bin", lambda raw: b""), ("test_batch.bin", lambda raw: b"\x0a" + raw[1:]),
     (IDX, lambda raw: raw[:-1]), (IDX, lambda raw: raw[:9]), ("t10k-labels-idx1-ubyte", None),
+    (IDX, lambda raw: b"\0\0\x09" + raw[3:]), (IDX, lambda raw: raw + b"x"),
     (IDX, lambda raw: raw[:7] + b"\x06" + raw[8:-28 * 28])])  # six images
 def test_damaged_data_is_refused(tiny, capsys, name, damage):
     write_mnist(Path("mnist"), 7, bytes)
