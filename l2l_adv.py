@@ -65,7 +65,7 @@ class LearnedOptimizer(nn.Module):
 
     cell="lstm" has 450 weights, cell="rnn" the paper's 120. W is [weight_ih | weight_hh] of
     nn.LSTMCell or nn.RNNCell without biases. The cell is written out because a training step of a
-    small classifier takes 1.5 times as long with nn.LSTMCell.
+    small classifier takes over 1.5 times as long with nn.LSTMCell.
     """
 
     def __init__(self, hidden_size=10, cell="lstm"):
@@ -89,18 +89,25 @@ class LearnedOptimizer(nn.Module):
             nn.init.uniform_(self.W[:, 0], 0, bound)
 
     def forward(self, u, state=None):
-        """u: the normalized gradient, (N,); state: (h, c), (H, N) each, or None at the first step.
-        Returns δ in (−1, 1), (N,), and the next state. The RNN does not use c."""
-        if state is None:
-            h = c = u.new_zeros(self.hidden_size, len(u))  # (H, N)
+        """u: the normalized gradient, (N,); state: as the last call returned it, or None at the
+        first step. Returns δ in (−1, 1), (N,), and the next state."""
+        blocks = u.split(len(u) if u.is_cuda else 16384)  # on a CPU, blocks that fit into its cache
+        state = state or [None] * len(blocks)
+        steps = [self.step(block, h_and_c) for block, h_and_c in zip(blocks, state)]
+        return torch.cat([delta for delta, _ in steps]), [h_and_c for _, h_and_c in steps]
+
+    def step(self, u, h_and_c):
+        """One step of the cell, for a block of pixels, with states of shape (H, N) each."""
+        if h_and_c is None:
+            h = c = u.new_zeros(self.hidden_size, len(u))  # h_0 = 0, (H, N)
         else:
-            h, c = state
+            h, c = h_and_c
         v = torch.cat([u[None], h])  # (1+H, N)
         if self.cell == "lstm":
             W_i, W_f, W_g, W_o = self.W.split(self.hidden_size)  # (H, 1+H) each
             c = torch.sigmoid(W_f @ v) * c + torch.sigmoid(W_i @ v) * tanh(W_g @ v)
             h = torch.sigmoid(W_o @ v) * tanh(c)
-        else:
+        else:  # the RNN does not use c
             h = tanh(self.W @ v)
         return tanh(self.W_out @ h)[0], (h, c)  # (N,)
 

@@ -516,7 +516,7 @@ def test_the_cell_equals_torchs_forward_and_gradient(cell, weights):
     ours = seeded(0, LearnedOptimizer, cell=cell).double()
     theirs = (nn.LSTMCell if cell == "lstm" else nn.RNNCell)(1, 10, bias=False).double()
     theirs.load_state_dict({"weight_ih": ours.W[:, :1], "weight_hh": ours.W[:, 1:]})
-    inputs, weight = torch.randn(2, 4, 7, dtype=torch.float64)  # four steps, seven pixels
+    inputs, weight = torch.randn(2, 4, 20_000, dtype=torch.float64)  # 4 steps; pixels: 2 blocks
     state, reference, outputs, expected = None, None, [], []
     for u in inputs:
         delta, state = ours(u, state)
