@@ -1,10 +1,9 @@
 """What one training step of each method costs on this machine, relative to `advtrain`.
 
-The images are random. `plain` is left out, because it makes no attack. In every round each method
-takes its turn, so that a machine that slows down slows all of them. Peak memory is that of CUDA.
+The images are random, 3×32×32, and T = 10. In every round each method takes its turn, so that a
+machine that slows down slows all of them. Peak memory is that of CUDA.
 """
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -14,35 +13,29 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baselines import MODELS
-from l2l_adv import METHODS, LearnedOptimizer, train_step_learned, train_step_pgd
+from baselines import MODELS, AdvTrain, Trades
+from l2l_adv import LearnedOptimizer, train_step_learned, train_step_pgd
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", choices=MODELS, default="vgg16")
-parser.add_argument("--methods", default="advtrain,trades,rnn-adv,rnn-trades")
 parser.add_argument("--batch-size", type=int, default=32)
-parser.add_argument("--steps", type=int, default=10, help="T, steps of the attack")
 parser.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")
 parser.add_argument("--rounds", type=int, default=5, help="after one round to warm up")
-parser.add_argument("--size", type=int, default=32, help="height and width of the images")
-parser.add_argument("--channels", type=int, default=3)
-parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="in place of the table")
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
-x = torch.rand(args.batch_size, args.channels, args.size, args.size, device=device)
+x = torch.rand(args.batch_size, 3, 32, 32, device=device)
 y = torch.randint(0, 10, (args.batch_size,), device=device)
 steps = {}  # for each method, a function that makes one training step
-for method in args.methods.split(","):
-    objective, maximizer = METHODS[method]
-    model = MODELS[args.model](in_channels=args.channels).to(device)
-    opt_theta = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)  # weights hardly move
-    common = {"opt_theta": opt_theta, "eps": 8 / 255, "steps": args.steps, "objective": objective()}
-    if maximizer == "pgd":
-        steps[method] = partial(train_step_pgd, model, x, y, step_size=2 / 255, **common)
-    elif maximizer == "learned":
+for method in ("advtrain", "trades", "rnn-adv", "rnn-trades"):
+    model = MODELS[args.model](in_channels=3).to(device)
+    common = {"opt_theta": torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9),
+              "eps": 8 / 255, "objective": Trades() if "trades" in method else AdvTrain()}
+    if "rnn" in method:
         phi = LearnedOptimizer(cell=args.cell).to(device)
         opt_phi = torch.optim.Adam(phi.parameters(), lr=1e-9)
         steps[method] = partial(train_step_learned, model, phi, x, y, opt_phi=opt_phi, **common)
+    else:
+        steps[method] = partial(train_step_pgd, model, x, y, step_size=2 / 255, **common)
 
 times = {method: [] for method in steps}
 peak = dict.fromkeys(steps, 0)  # bytes that a step needs besides weights, gradients and momentum
@@ -57,15 +50,11 @@ for _ in range(args.rounds + 1):
             peak[method] = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         times[method].append(time.perf_counter() - start)
-ms = {method: 1000 * statistics.median(each[1:]) / len(x) for method, each in times.items()}
-heading = (f"{args.model}, batch {len(x)}, T = {args.steps}, {args.cell}, {device} "
-           f"({torch.backends.cpu.get_cpu_capability()}), threads {torch.get_num_threads()}, torch "
-           f"{torch.__version__}, median of {args.rounds} rounds")
-if args.json:
-    result = {"heading": heading, "ms_per_image": ms, "peak_bytes": peak}
-    print(json.dumps(result), file=sys.stdout if args.json == "-" else open(args.json, "w"))
-else:
-    print(f"{heading}\n{'':12}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>10}")
-    for name in ms:
-        ratio = ms[name] / ms.get("advtrain", float("nan"))
-        print(f"{name:12}{ms[name]:10.3f}{ratio:12.2f}{peak[name] / 2 ** 20:10.0f}")
+name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+print(f"{args.model}, batch {len(x)}, {args.cell}, {name}, {torch.get_num_threads()} threads, torch "
+      f"{torch.__version__}, median of {args.rounds} rounds")
+print(f"{'':12}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>10}")
+medians = {method: statistics.median(each[1:]) for method, each in times.items()}
+for method, seconds in medians.items():
+    print(f"{method:12}{1000 * seconds / len(x):10.3f}{seconds / medians['advtrain']:12.2f}"
+          f"{peak[method] / 2 ** 20:10.0f}")

@@ -8,7 +8,8 @@ An image has to survive all of these, each from the same seed:
     square-8th                 5,000 queries of Square, on the eighth of the survivors with the
                                highest cross-entropy under decay-20
 From learned-10 on, an attack meets the survivors only, and its number is what is left after it.
-Commit, torch and device are the judge's. A key that the file has already is not judged again.
+The best checkpoint is judged, and the last one where it differs, but none that the file has
+already. Commit, torch and device are the judge's.
 """
 import argparse
 import json
@@ -22,7 +23,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from baselines import evaluate, load_dataset, pgd
-from l2l_adv import check_settings, get_args, learned_attack, load_run
+from l2l_adv import learned_attack, load_run
 
 try:
     import torchattacks
@@ -79,19 +80,6 @@ def judge(model, optimizer, x, y, eps, autoattack):
     return {name: round(value, 4) for name, value in accuracy.items()}, alive
 
 
-def key_of(run):
-    """The key of a run, from its settings. It names all that are not default."""
-    flags = ["decay"] * run.decay + ["line-search"] * run.line_search
-    default = check_settings(get_args([
-        "train", "--out=runs", f"--dataset={run.dataset}", f"--model={run.model}",
-        f"--method={run.method}", *(f"--{flag}" for flag in flags)]))
-    changed = [f"{name}={value}" for name, value in vars(run).items()
-               if name not in ("out", "device", "limit", "epochs", "start", "seed")
-               and value != getattr(default, name)]
-    return " ".join([run.dataset, f"{run.limit or 'all'}x{run.epochs}", run.model, run.start,
-                     run.method, *flags, *changed, f"s{run.seed}"])
-
-
 def read(path):
     return [json.loads(line) for line in open(path)] if Path(path).exists() else []
 
@@ -102,58 +90,46 @@ def append(path, rows):
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def judge_run(folder, args):
-    """Append the lines of a run that are missing."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    log = read(f"{folder}/log.jsonl")
-    _, _, settings = load_run(folder)
-    if len(log) < settings.epochs:
-        sys.exit(f"judge.py: {folder} is not finished: train it further with --resume")
-    run = key_of(settings)
-    if not any(row["run"] == run for row in read(args.logs_file)):
-        append(args.logs_file, [{"run": run, **row} for row in log])
-    data = load_dataset(settings.dataset)
-    x = data.x_test[:args.limit].to(device).float() / 255
-    y = data.y_test[:args.limit].to(device)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("run", help="folder made by l2l_adv.py train, such as runs/mnist/uniform/plain")
+parser.add_argument("--twin", help="the learned run whose φ attacks a run that has none")
+parser.add_argument("--limit", type=int, default=1000, help="test images; default 1000")
+parser.add_argument("--autoattack", action="store_true", help="the standard AutoAttack, too")
+parser.add_argument("--numbers", type=Path, default=HERE, help="folder of runs.jsonl, logs.jsonl")
+args = parser.parse_args()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+_, _, settings = load_run(args.run)
+run = "/".join(Path(args.run).resolve().parts[-3:])  # the key of its lines
+log = read(f"{args.run}/log.jsonl")
+if len(log) < settings.epochs:
+    sys.exit(f"judge.py: {args.run} is not finished: train it further with --resume")
+if not any(line["run"] == run for line in read(args.numbers / "logs.jsonl")):
+    append(args.numbers / "logs.jsonl", [{"run": run, **line} for line in log])
+data = load_dataset(settings.dataset)
+x = data.x_test[:args.limit].to(device).float() / 255
+y = data.y_test[:args.limit].to(device)
 
-    best = max(log, key=lambda row: row["accuracy"]["pgd-10"])["epoch"]
-    epochs = {"best=last": best} if best == len(log) else {"best": best, "last": len(log)}
-    done = {row["key"] for row in read(args.runs_file)}
-    for checkpoint, epoch in epochs.items():
-        key = f"{run} {checkpoint}"
-        if key in done or args.checkpoint not in checkpoint:
-            continue
-        model, optimizer, _ = load_run(folder, checkpoint[:4], device)
-        twin = None
-        if optimizer is None and args.twin:
-            _, optimizer, theirs = load_run(args.twin, checkpoint[:4], device)
-            twin = key_of(theirs)
-        if optimizer is None:
-            sys.exit(f"judge.py: {folder} has no learned optimizer: name its twin with --twin")
-        accuracy, alive = judge(model, optimizer, x, y, settings.eps, args.autoattack)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
-                                capture_output=True).stdout.strip()
-        append(args.runs_file, [{
-            "key": key, "run": run, "settings": {**vars(settings), "out": None},
-            "eps": f"{255 * settings.eps:g}/255",
-            "step": settings.step_size and f"{settings.step_size / settings.eps:.3g} eps",
-            "checkpoint": checkpoint, "epoch": epoch, "twin": twin, "commit": commit,
-            "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "test_images": len(x), "accuracy": accuracy,
-            "broken": (~alive).nonzero()[:, 0].tolist()}])
-        print(key, accuracy, flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", help="folders made by l2l_adv.py train")
-    parser.add_argument("--twin", help="the learned run whose φ attacks those that have none")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="", help="default: both")
-    parser.add_argument("--limit", type=int, default=1000, help="test images; default 1000")
-    parser.add_argument("--autoattack", action="store_true", help="the standard AutoAttack, too")
-    parser.add_argument("--runs-file", default=HERE / "runs.jsonl")
-    parser.add_argument("--logs-file", default=HERE / "logs.jsonl")
-    args = parser.parse_args()
-    for folder in args.runs:
-        judge_run(folder, args)
+score = "natural" if settings.method == "plain" else "pgd-10"
+best = max(log, key=lambda line: line["accuracy"][score])["epoch"]
+epochs = {"best=last": best} if best == len(log) else {"best": best, "last": len(log)}
+done = [(line["run"], line["checkpoint"]) for line in read(args.numbers / "runs.jsonl")]
+for checkpoint, epoch in epochs.items():
+    if (run, checkpoint) in done:
+        continue
+    model, optimizer, _ = load_run(args.run, checkpoint[:4], device)
+    twin = args.twin if optimizer is None else None
+    if twin:
+        _, optimizer, _ = load_run(twin, checkpoint[:4], device)
+    if optimizer is None:
+        sys.exit(f"judge.py: {args.run} has no learned optimizer: name its twin with --twin")
+    accuracy, alive = judge(model, optimizer, x, y, settings.eps, args.autoattack)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
+                            capture_output=True).stdout.strip()
+    append(args.numbers / "runs.jsonl", [{
+        "run": run, "checkpoint": checkpoint, "epoch": epoch,
+        "twin": twin and "/".join(Path(twin).resolve().parts[-3:]), "commit": commit,
+        "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "test_images": len(x), "accuracy": accuracy, "settings": {**vars(settings), "out": None},
+        "broken": (~alive).nonzero()[:, 0].tolist()}])
+    print(run, checkpoint, accuracy, flush=True)

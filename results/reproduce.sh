@@ -55,7 +55,7 @@ judge_row() {
             --limit "${TEST_LIMIT:-10000}"
     fi
     python3 results/judge.py "$run" --twin "$twin" --limit "${TEST_LIMIT:-1000}" $more \
-        --runs-file "$NUMBERS/runs.jsonl" --logs-file "$NUMBERS/logs.jsonl"
+        --numbers "$NUMBERS"
 }
 export -f train_row judge_row
 
@@ -68,5 +68,4 @@ for seed in $([[ $# == 1 ]] && echo "$seeds" || echo "${@:2}"); do
         printf '%s\n' $group | xargs -P "$jobs" -I{} bash -euc "judge_row {} $seed"
     done
 done
-[[ $1 != gpu || -e $NUMBERS/bench-gpu.json ]] ||
-    python3 results/bench.py --batch-size 128 --json "$NUMBERS/bench-gpu.json"
+[[ $1 != gpu ]] || python3 results/bench.py --batch-size 128 | tee "$NUMBERS/bench-gpu.txt"
