@@ -99,7 +99,7 @@ parser.add_argument("--numbers", type=Path, default=HERE, help="folder of runs.j
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 _, _, settings = load_run(args.run)
-run = "/".join(Path(args.run).resolve().parts[-3:])  # the key of its lines
+run = "/".join(Path(args.run).absolute().parts[-3:])  # the key of its lines
 log = read(f"{args.run}/log.jsonl")
 if len(log) < settings.epochs:
     sys.exit(f"judge.py: {args.run} is not finished: train it further with --resume")
@@ -127,7 +127,7 @@ for checkpoint, epoch in epochs.items():
                             capture_output=True).stdout.strip()
     append(args.numbers / "runs.jsonl", [{
         "run": run, "checkpoint": checkpoint, "epoch": epoch,
-        "twin": twin and "/".join(Path(twin).resolve().parts[-3:]), "commit": commit,
+        "twin": twin and "/".join(Path(twin).absolute().parts[-3:]), "commit": commit,
         "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "test_images": len(x), "accuracy": accuracy, "settings": {**vars(settings), "out": None},
