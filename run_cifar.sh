@@ -4,7 +4,7 @@
 #     bash run_cifar.sh                CIFAR-10 in $CIFAR10_DIR, or downloaded to data/ (162 MB)
 #     bash run_cifar.sh --synthetic    the embedded data set: no download
 #     bash run_cifar.sh --seed 1       with any flags of `l2l_adv.py train`
-# The same command again goes on after the last finished epoch. Environment variables:
+# The same command goes on after the last finished epoch. Environment variables:
 #     METHODS      default "plain advtrain trades rnn-adv rnn-trades"
 #     OUT          folder of the runs; the default is named after the flags: runs/cifar10-seed-1
 #     TEST_LIMIT   number of test images; default 500, with CUDA all
@@ -33,7 +33,7 @@ jobs=1
 eval_flags=${TEST_LIMIT:+--limit $TEST_LIMIT}
 if [[ $("$python" -c 'import torch; print(torch.cuda.is_available())') == False ]]; then
     jobs=2
-    set -- --model small --epochs 3 --steps 4 --limit 32000 "$@"
+    set -- --model small --steps 4 $([[ $dataset == synthetic ]] || echo --epochs 2) "$@"
     eval_flags="--attacks pgd-20,cw-20,learned-10 --limit ${TEST_LIMIT:-500}"
 fi
 

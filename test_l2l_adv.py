@@ -1331,9 +1331,9 @@ def run_cifar(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shell", ["bash", "sh"])
 def test_run_cifar_goes_on_when_a_method_fails_and_says_so(run_cifar, shell):
-    status, out, err, calls = run_cifar("--epochs", "2", shell=shell, FAILS="--method trades",
+    status, out, err, calls = run_cifar("--epochs", "5", shell=shell, FAILS="--method trades",
                                         METHODS="plain  trades\n rnn-adv", OUT="two words")
-    common = "--model small --epochs 3 --steps 4 --limit 32000 --dataset cifar10 --epochs 2"
+    common = "--model small --steps 4 --epochs 2 --dataset cifar10 --epochs 5"
     train_calls = [f"train {common} --method {method} --out two words/{method} --resume"
                    for method in ("plain", "rnn-adv", "trades")]
     assert sorted(calls[:-1]) == train_calls and calls[-1].startswith(
