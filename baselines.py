@@ -80,7 +80,7 @@ def check_batch(x, y, eps=0.5, steps=1, step_size=0.5):
 class AdvTrain:
     """min_θ max_x' CE(f(x'), y)  [1]. Other objectives inherit from it."""
 
-    beta = 1.0  # as functions of x', the outer loss is beta times the batch mean of the inner one
+    beta = 1.0  # the weight of the inner loss in the outer one
 
     def target(self, model, x, y):
         """What the inner loss compares with, computed once per attack. Here: y, (B,)."""
@@ -141,13 +141,16 @@ def eval_mode(model):
 
 
 def check_model(model, x, y):
-    """Try the model on two images: it has to return logits with a class for every label in y."""
+    """Try the model on two images: it has to return logits with a class for every label in y.
+    Raises InputError."""
     with torch.no_grad():
         logits = model(x[:2])  # (2, classes)
     classes = max(2, y.max().item() + 1)
     if not torch.is_tensor(logits) or logits.dim() != 2 or logits.shape[1] < classes:
         raise InputError(f"the model must return logits (B, {classes} or more), not "
                          f"{getattr(logits, 'shape', type(logits))}")
+    if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        raise InputError("the model must return logits, not probabilities: leave out its softmax")
 
 
 def input_gradient(model, x_adv, objective, target):
@@ -194,13 +197,13 @@ def pgd(model, x, y, *, eps, step_size, steps, objective=AdvTrain(), start="gaus
 
 @torch.inference_mode(False)  # as for pgd; attacks of other libraries may need gradients
 def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
-    """Attack every image with every attack, each from the same random seed.
+    """Attack every image with every attack, each from the same random seed of torch.
 
-    x: (N, C, H, W) in [0, 1]; y: (N,); attacks: {name: callable(model, x, y) → x_adv}. Returns two
-    dictionaries of tensors (N,): whether each image is classified correctly, and its cross-entropy.
-    Their keys are "natural" and the attacks; the first has "worst" too: correct under all of them.
-    eps: refuse an attack that leaves the ball. Warns if over a tenth of the images have a zero
-    gradient. Raises InputError, and FloatingPointError if logits are NaN or infinite.
+    x: (N, C, H, W) in [0, 1]; y: (N,); attacks: {name: callable(model, x, y) → x_adv}; eps: the
+    radius of a ball that no attack may leave. Returns two dictionaries of tensors (N,), with the
+    keys "natural" and the attacks: whether each image is classified correctly, and its
+    cross-entropy. The first has "worst" too: correct under all of them. Warns if over a tenth of
+    the images have a zero gradient. Raises InputError, and FloatingPointError for NaN.
     """
     radius = 1.0 if eps is None else eps
     x, y = check_batch(x, y, radius)
@@ -225,8 +228,8 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
                 if name == "natural" and attacks:
                     zero += count_zero_gradients(model, x[batch], y[batch])
     if zero > 0.1 * len(x):
-        warnings.warn(f"{zero} of {len(x)} images have a zero gradient: attacks that follow it "
-                      "cannot move them, and the model looks more robust than it is")
+        warnings.warn(f"{zero} of {len(x)} images have a zero gradient: attacks that follow it may "
+                      "not move them, and the model may be less robust than it looks")
     correct["worst"] = torch.stack(list(correct.values())).all(0)
     return correct, loss
 
@@ -234,15 +237,17 @@ def evaluate(model, x, y, attacks, *, batch_size=256, eps=None, seed=0):
 def attacked_logits(name, attack, model, x, y, radius):
     """Attack a batch, check what the attack returns, and return the logits there, (B, classes)."""
     x_adv = attack(model, x.clone(), y)  # the attack may change its own copy
-    if x_adv.shape != x.shape:
-        raise InputError(f"the attack {name!r} returned {tuple(x_adv.shape)}")
+    if getattr(x_adv, "shape", None) != x.shape:
+        raise InputError(f"the attack {name!r} must return images {tuple(x.shape)}, not "
+                         f"{getattr(x_adv, 'shape', type(x_adv))}")
+    if x_adv.isnan().any():
+        raise FloatingPointError(f"the attack {name!r} returned NaN")
     if (x_adv - project(x_adv, x, radius)).abs().max() > SLACK:
         raise InputError(f"the attack {name!r} left [0, 1] or the ball of radius eps")
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():  # the attack may have changed the mode
         logits = model(x_adv.clamp(0, 1))
-    if x_adv.isnan().any() or not logits.isfinite().all():
-        raise FloatingPointError(f"{name}: the model's logits are NaN or infinite, or the attack "
-                                 "returned NaN")
+    if not logits.isfinite().all():
+        raise FloatingPointError(f"{name}: the model's logits are NaN or infinite")
     return logits
 
 
@@ -393,7 +398,7 @@ MODELS = {"small": SmallCNN, "cnn4": CNN4, "vgg16": VGG16, "resnet18": ResNet18,
 Dataset = namedtuple("Dataset", "x_train y_train x_test y_test")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-DATASETS = {  # where the first file may lie, as published and as unpacked by other tools
+DATASETS = {  # the first file, and the suffixes and folders that it may have
     "synthetic": (),
     "mnist": ("train-images-idx3-ubyte", ("", ".gz"), (".", "mnist", "MNIST/raw")),
     "cifar10": ("data_batch_1", (".bin", ""), (".", "cifar-10-batches-bin", "cifar-10-batches-py"))}
@@ -528,8 +533,9 @@ def synthetic():
 
 
 def hold_out(data, limit=None):
-    """Split the training images: `limit` to train on, and a fifth as many, at most 1,000, held out.
-    The split is always the same. Returns x, y to train on, and x, y held out."""
+    """Hold out a fifth of the training images, at most 1,000, and train on the rest. With a limit,
+    train on so many of the rest, and hold out a fifth of the limit. The order is always the same.
+    Returns x, y to train on, and x, y held out."""
     x, y, _, _ = data
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] > x.shape[3] or len(x) < 5:
         raise InputError("a Dataset needs five or more uint8 images, channels before height and "

@@ -16,13 +16,14 @@ ball around x and onto [0, 1].
       θ descends L(f_θ(x'_T), y)                          theta_gradient, update
 
 We know the paper's abstract and its algorithm, not its full text. The cell, the images that φ
-learns from and g_T differ from it. The other choices are ours where we do not know the paper's:
+learns from, g_T and the batches of small classifiers are not the paper's. The other choices are
+ours where we do not know the paper's:
 
                         here                                                 instead
     cell                an LSTM of 450 weights; the paper's RNN has 120      --cell rnn
     start in training   x + 0.001·N(0, I) for PGD as well                    --start uniform
     input of m_φ        each image's g over its mean absolute value
-    size of a step      eps·tanh(·), so no step is longer than eps
+    size of a step      δ_t = eps·delta, delta = tanh(·): no step exceeds eps
     second derivatives  dropped: g_t is a constant in φ's gradient
     first weights of φ  such that the first step follows the sign of g
     φ learns from       a sixteenth of the images in the batch               --phi-share 1
@@ -90,27 +91,26 @@ class LearnedOptimizer(nn.Module):
 
     def forward(self, u, state=None):
         """u: the normalized gradient, (N,); state: as the last call returned it, or None at the
-        first step. Returns δ in (−1, 1), (N,), and the next state."""
+        first step. Returns delta in (−1, 1), (N,), and the next state."""
         # On a CPU, blocks of pixels that fit into its cache are much faster than all at once.
-        blocks = u.split(16384 if u.device.type == "cpu" else len(u))
-        state = state or [None] * len(blocks)
-        steps = [self.step(block, h_and_c) for block, h_and_c in zip(blocks, state)]
-        return torch.cat([delta for delta, _ in steps]), [h_and_c for _, h_and_c in steps]
+        blocks = u.split(16384 if u.device.type == "cpu" else len(u))  # (n,) each
+        if state is None:
+            zeros = [u.new_zeros(self.hidden_size, len(block)) for block in blocks]  # h_0 = 0
+            state = list(zip(zeros, zeros))
+        results = [self.step_block(block, h, c) for block, (h, c) in zip(blocks, state)]
+        return torch.cat([delta for delta, _, _ in results]), [(h, c) for _, h, c in results]
 
-    def step(self, u, h_and_c):
-        """One step of the cell, for a block of pixels, with states of shape (H, N) each."""
-        if h_and_c is None:
-            h = c = u.new_zeros(self.hidden_size, len(u))  # h_0 = 0, (H, N)
-        else:
-            h, c = h_and_c
-        v = torch.cat([u[None], h])  # (1+H, N)
+    def step_block(self, u, h, c):
+        """One step of the cell. u: (n,); h, c: (H, n). Returns delta, (n,), and the next h and c.
+        The RNN does not use c."""
+        v = torch.cat([u[None], h])  # (1+H, n)
         if self.cell == "lstm":
             W_i, W_f, W_g, W_o = self.W.split(self.hidden_size)  # (H, 1+H) each
             c = torch.sigmoid(W_f @ v) * c + torch.sigmoid(W_i @ v) * tanh(W_g @ v)
             h = torch.sigmoid(W_o @ v) * tanh(c)
-        else:  # the RNN does not use c
+        else:
             h = tanh(self.W @ v)
-        return tanh(self.W_out @ h)[0], (h, c)  # (N,)
+        return tanh(self.W_out @ h)[0], h, c
 
 
 def tanh(z):
@@ -131,10 +131,11 @@ def normalize_gradient(g):
 @torch.no_grad()
 def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(),
                    start="gaussian", trace=None):
-    """Attack with the learned optimizer, in place of pgd.
+    """Attack with the learned optimizer m_φ, in place of pgd.
 
     x: (B, C, H, W) in [0, 1]; y: (B,) labels; eps in [0, 1] pixel scale; steps: T; trace: a list
-    that receives x'_0, g_0, …, g_{T−1}. Returns x'_T, shaped like x. Raises InputError.
+    that receives x'_t and g_t, a pair for each t < T. Returns x'_T, shaped like x. Raises
+    InputError.
     """
     if not isinstance(optimizer, nn.Module):
         raise InputError(f"the attack needs a LearnedOptimizer, not {type(optimizer).__name__}")
@@ -144,14 +145,12 @@ def learned_attack(model, optimizer, x, y, *, eps, steps=10, objective=AdvTrain(
         target = objective.target(model, x, y)
         x_adv = random_start(x, eps, start)  # x'_0
         state = None  # h_0 = 0
-        if trace is not None:
-            trace.append(x_adv)
         for t in range(steps):
             g, _ = input_gradient(model, x_adv, objective, target)  # g_t
+            if trace is not None:
+                trace.append((x_adv, g))
             delta, state = optimizer(normalize_gradient(g), state)  # δ_t, h_{t+1}
             x_adv = project(x_adv + eps * delta.view(x.shape), x, eps)  # x'_{t+1}, (B, C, H, W)
-            if trace is not None:
-                trace.append(g)
     return x_adv
 
 
@@ -165,7 +164,7 @@ def phi_gradient(optimizer, x, x_0, gradients, eps):
     left is to unroll the cell once more, this time with a graph.
 
     x, x_0: (B, C, H, W); gradients: g_0 … g_T, (B, C, H, W) each; eps in [0, 1] pixel scale.
-    Returns the mean |δ|, the length of a step in units of eps, for the log.
+    Returns the mean |delta|, the length of a step in units of eps, for the log.
     """
     steps = len(gradients) - 1
     x_adv = x_0
@@ -204,10 +203,11 @@ def train_optimizer(model, batches, *, eps, steps=10, objective=AdvTrain(), opti
         x_adv = learned_attack(model, optimizer.to(x.device), x, y, eps=eps, steps=steps,
                                objective=objective, trace=trace)
         g_T, losses = last_gradient(model, x, x_adv, y, objective)
+        x_0, _ = trace[0]
         opt_phi.zero_grad()
-        phi_gradient(optimizer, x, trace[0], [*trace[1:], g_T], eps)
+        phi_gradient(optimizer, x, x_0, [g for _, g in trace] + [g_T], eps)
         update(losses.mean(), phi=(optimizer, opt_phi, PHI_CLIP))
-    if not opt_phi.state:
+    if not opt_phi.state:  # Adam has made no step
         raise InputError("train_optimizer got no batch: was the generator used before?")
     return optimizer
 
@@ -226,9 +226,9 @@ def update(loss, **networks):
     """Clip the gradients of every network, then let all step, or none.
 
     networks: theta=(model, opt_theta, clip), phi=(optimizer, opt_phi, clip). Returns the loss and
-    the norms before clipping. Raises FloatingPointError if one of these numbers is not finite (the
-    statistics of batch norm have moved then), and InputError if an opt holds no weight of its
-    network.
+    the norms before clipping. Raises FloatingPointError if one of these numbers is not finite (no
+    weight has moved then, but the statistics of batch norm have), and InputError if an opt holds no
+    weight of its network.
     """
     numbers = {"loss": loss}
     for name, (network, opt, clip) in networks.items():
@@ -236,6 +236,8 @@ def update(loss, **networks):
         if set(weights).isdisjoint(network.parameters()):
             raise InputError(f"opt_{name} holds no weight of the {type(network).__name__} that it "
                              "should move: are opt_theta and opt_phi swapped?")
+        if not clip > 0:
+            raise InputError(f"clip must be above 0, not {clip!r}")
         numbers[f"{name}_norm"] = nn.utils.clip_grad_norm_(weights, clip)
     values = torch.stack([*numbers.values()]).tolist()  # one synchronization for all
     numbers = dict(zip(numbers, values))
@@ -267,12 +269,14 @@ def train_step_learned(model, optimizer, x, y, *, opt_theta, opt_phi, eps, steps
                        objective=AdvTrain(), start="gaussian", phi_share=1 / 16, clip=CLIP,
                        log=None):
     """One step of RNN-Adv or RNN-TRADES: the learned optimizer finds x', θ descends on it, and φ
-    ascends along the gradients that were met on the way.
+    ascends, with gradients that the attack and θ's backward pass have computed already.
 
-    opt_phi: the torch optimizer of φ; phi_share: the share of the images, the first ones of the
-    batch, from which φ learns. log: also receives the "length" from phi_gradient. The rest is as
-    for train_step_pgd.
+    optimizer: the LearnedOptimizer m_φ; opt_phi: the torch optimizer of its weights; phi_share: the
+    share of the batch that φ learns from, its first images; log: also receives the "length" from
+    phi_gradient. The rest is as for train_step_pgd.
     """
+    if not 0 < phi_share <= 1:
+        raise InputError(f"phi_share must be above 0 and at most 1, not {phi_share!r}")
     trace = []
     x_adv = learned_attack(model, optimizer, x, y, eps=eps, steps=steps, objective=objective,
                            start=start, trace=trace)
@@ -285,10 +289,11 @@ def train_step_learned(model, optimizer, x, y, *, opt_theta, opt_phi, eps, steps
     else:
         g_T, _ = last_gradient(model, x, x_adv, y, objective)
         loss = theta_gradient(model, x, x_adv, y, objective, opt_theta)
-    n = max(1, math.ceil(phi_share * len(x)))
-    x_0, *gradients = [part[:n] for part in (*trace, g_T)]
+    n = math.ceil(phi_share * len(x))
+    x_0, _ = trace[0]
+    gradients = [g[:n] for _, g in trace] + [g_T[:n]]
     opt_phi.zero_grad()
-    length = phi_gradient(optimizer, x[:n], x_0, gradients, eps)
+    length = phi_gradient(optimizer, x[:n], x_0[:n], gradients, eps)
     numbers = update(loss, theta=(model, opt_theta, clip), phi=(optimizer, opt_phi, PHI_CLIP))
     if log is not None:
         log.append({**numbers, "length": length.item()})
@@ -311,10 +316,11 @@ def train(settings, model=None, data=None):
     """Train a classifier by settings.method. Prints a row per epoch, and returns the rows.
 
     settings: from get_args; model, data: your own nn.Module and Dataset (then set eps, epochs and
-    lr, whose defaults are for the small CNN). best.pt has the best accuracy under PGD-10 (`plain`:
-    natural) on held-out training images. With settings.resume, the training goes on after its last
-    finished epoch, and ends in the same weights, bit for bit (in one process, on the same kind of
-    CPU with as many threads). Raises InputError before anything is written, and FloatingPointError.
+    lr, whose defaults are for the small CNN; your images are not augmented). best.pt has the best
+    accuracy under PGD-10 (`plain`: natural) on held-out training images. With settings.resume, the
+    training goes on after its last finished epoch, and ends in the same weights, bit for bit (in
+    one process, on the same kind of CPU with as many threads). Raises InputError before anything
+    is written, and FloatingPointError.
     """
     settings = check_settings(settings)
     rank, world, device = start_process(settings.device)
@@ -338,10 +344,10 @@ def train(settings, model=None, data=None):
     else:
         settings.model = OWN
     model.to(device)
-    i = data.y_train.argmax()  # try the model on an image of the highest class
+    i = data.y_train.argmax()  # does the model have enough classes? Try it on one of the highest
     evaluate(model, data.x_train[i, None].to(device) / 255, data.y_train[i, None].to(device), {})
-    kind, maximizer = METHODS[settings.method]
-    objective = Trades(settings.beta) if kind is Trades else kind()
+    objective_class, maximizer = METHODS[settings.method]
+    objective = Trades(settings.beta) if objective_class is Trades else AdvTrain()
     opt_theta = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
     # A model from torch.compile has the plain one inside, whose weights are saved.
     parts = {"model": getattr(model, "_orig_mod", model), "opt_theta": opt_theta}
@@ -465,7 +471,7 @@ def save(folder, settings, parts, rows):
     score = "natural" if settings["method"] == "plain" else "pgd-10"
     *before, last = [row["accuracy"][score] for row in rows]
     if last > max(before, default=-1):
-        best = {key: checkpoint[key] for key in checkpoint if not key.startswith("opt_")}
+        best = {key: checkpoint[key] for key in checkpoint if key not in ("opt_theta", "opt_phi")}
         write(folder / "best.pt", best)
     write(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write(folder / "last.pt", checkpoint)

@@ -239,13 +239,13 @@ def test_evaluate_counts_as_by_hand():
     assert list(loss) == ["natural", "invert", "fgsm"] and torch.equal(correct["worst"], worst)
 
 
-def test_an_attack_that_changes_its_images_in_place_changes_no_other_attack():
-    model, x, y = problem(dtype=torch.float32)
-    spoil = {"spoil": lambda m, x, y: x.fill_(0), "none": lambda m, x, y: x}
+def test_an_attack_that_changes_its_images_or_the_mode_changes_no_result():
+    model, x, y = problem(dtype=torch.float32, dropout=0.5)
+    spoil = {"spoil": lambda m, x, y: x.fill_(0), "mode": lambda m, x, y: m.train() and x}
     with pytest.raises(InputError, match="'spoil' left"):
         evaluate(model, x, y, spoil, eps=0.1)
     correct, loss = evaluate(model, x, y, spoil)
-    assert torch.equal(loss["none"], loss["natural"]) and x.any()
+    assert torch.equal(loss["mode"], loss["natural"]) and x.any()
 
 
 def test_an_attack_meets_the_same_randomness_whatever_else_is_listed():
@@ -261,7 +261,8 @@ def test_an_attack_meets_the_same_randomness_whatever_else_is_listed():
 
 
 @pytest.mark.parametrize("attack, words", [
-    (lambda m, x, y: x[:, :1], r"returned \(5, 1, 4, 4\)"),
+    (lambda m, x, y: x[:, :1], r"not torch.Size\(\[5, 1, 4, 4\]\)"),
+    (lambda m, x, y: (x, y), r"must return images \(5, 2, 4, 4\), not <class 'tuple'>"),
     (lambda m, x, y: x + 2e-6, "left"), (lambda m, x, y: x - 2e-6, "left"),
     (lambda m, x, y: (x - 0.101).abs(), "left"), (lambda m, x, y: x * math.nan, "NaN"),
     (attacks(0.1)["pgd"], "NaN"), (attacks(0.1)["learned"], "NaN")])
@@ -593,9 +594,10 @@ def test_meta_gradient_equals_autograd_through_the_unrolled_losses(cell, objecti
     assert 0.03 < cut < 0.97  # the projection cuts some pixels, and not others
     x_adv = seeded(7, learned_attack, model, optimizer, x, y, eps=0.2, steps=5, objective=objective,
                    trace=trace)
-    assert close(x_adv, points[-1]) and close(flat(trace), flat([points[0], *gradients]))
+    assert close(x_adv, points[-1]) and close(flat(g for _, g in trace), flat(gradients))
+    assert close(flat(at for at, _ in trace), flat(points[:-1]))
     g_T, _ = input_gradient(model, x_adv, objective, objective.target(model, x, y))
-    length = phi_gradient(optimizer, x, trace[0], [*trace[1:], g_T], 0.2)
+    length = phi_gradient(optimizer, x, trace[0][0], [*(g for _, g in trace), g_T], 0.2)
     ours = -flat(weight.grad for weight in optimizer.parameters())
     assert close(ours, meta_gradient(model, optimizer, x, y, 0.2, 5, objective), 1e-12)
     state, lengths = None, []
@@ -605,7 +607,7 @@ def test_meta_gradient_equals_autograd_through_the_unrolled_losses(cell, objecti
     assert length.item() == pytest.approx(np.mean(lengths))
     trace.clear()
     learned_attack(model, optimizer, x, y, eps=0.2, trace=trace)
-    assert len(trace) == 11  # by default it takes ten steps
+    assert len(trace) == 10  # by default it takes ten steps
 
 
 @pytest.mark.parametrize("cell", ["lstm", "rnn"])
@@ -1110,7 +1112,8 @@ MANY, Y9 = X.byte().repeat(9, 1, 1, 1), Y.repeat(9)
     ({"start": "zero"}, "start must be"), ({"x": X[:, :1]}, "takes images (B, 3, H, W)"),
     ({"model": returning(lambda x: (NET(x), 0))}, "(B, 2 or more), not <class 'tuple'>"),
     ({"model": returning(lambda x: NET(x)[:, 0])}, "torch.Size([2])"),
-    ({"model": returning(lambda x: NET(x)[:, :1])}, "(B, 2 or more)"), ({"y": Y + 10}, "(B, 11")])
+    ({"model": returning(lambda x: NET(x)[:, :1])}, "(B, 2 or more)"), ({"y": Y + 10}, "(B, 11"),
+    ({"model": returning(lambda x: NET(x).softmax(1))}, "leave out its softmax")])
 @pytest.mark.parametrize("objective", [AdvTrain(), Trades(), Margin()])
 def test_attacks_and_training_steps_refuse_bad_input(change, words, objective):
     call = {"model": NET, "x": X, "y": Y, "eps": 0.1, "steps": 1, "objective": objective, **change}
@@ -1128,6 +1131,12 @@ def test_attacks_and_training_steps_refuse_bad_input(change, words, objective):
             door()
 
 
+def learned_step(**wrong):
+    phi = LearnedOptimizer()
+    train_step_learned(NET, phi, X, Y, opt_theta=sgd(NET), opt_phi=sgd(phi), eps=0.1, steps=1,
+                       **wrong)
+
+
 def train_on(x, y):
     train(get_args(["train", "--out", "/dev/null/nowhere"]), data=Dataset(x, y, x, y))
 
@@ -1140,6 +1149,8 @@ def train_on(x, y):
     (lambda: load_dataset("cifar100"), "unknown data set"),
     (lambda: train_optimizer(NET, [], eps=0.1), "no batch"), (lambda: Trades(beta=0), "beta must"),
     (lambda: evaluate(NET, X, Y, {}, eps=0), "eps must"),
+    (lambda: learned_step(clip=-1), "clip must"), (lambda: learned_step(clip=math.nan), "clip"),
+    (lambda: learned_step(phi_share=16), "phi_share must"), (lambda: learned_step(phi_share=0), "0"),
     (lambda: evaluate(NET, X, Y, {}, batch_size=0), "batch_size must"),
     (lambda: train_on(X.byte(), Y), "five or more"), (lambda: train_on(MANY / 1, Y9), "uint8"),
     (lambda: train_on(MANY[0], Y9), "uint8"), (lambda: train_on(MANY, Y), "as many labels"),

@@ -46,7 +46,7 @@ def behavior(optimizer, model, x, y, **settings):
     torch.manual_seed(0)
     trace = []
     learned_attack(model, optimizer, x, y, trace=trace, **settings)
-    steps = unroll(optimizer, map(normalize_gradient, trace[1:]))
+    steps = unroll(optimizer, [normalize_gradient(g) for _, g in trace])
     turns = (steps[1:] * steps[:-1] < 0).double().mean(1)
     return {"length": steps.abs().mean(1).tolist(), "turns": [None, *turns.tolist()]}
 
