@@ -39,7 +39,7 @@ fi
 
 mkdir -p "$OUT" && true >"$OUT/.failed" || exit 2
 echo "Methods: ${#methods[@]}. Folder: $OUT. On two cores the default takes about 20 minutes," \
-    "and --synthetic 90 seconds. Nobody has timed it with CUDA yet."
+    "and --synthetic two. Nobody has timed it with CUDA yet."
 train_one() { # by method $1, with the flags that follow; its name begins each line
     "$python" "$here/l2l_adv.py" train "${@:2}" --method "$1" --out "$OUT/$1" --resume 2>&1 |
         while IFS= read -r line; do printf '%-12s%s\n' "$1" "$line"; done ||
