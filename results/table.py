@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -59,26 +60,24 @@ def full(target, checkpoint="best"):
 
 
 def pairs(target):
-    """Every learned row minus every PGD row of the same start and loss, paired by seed."""
-    found = group("runs.jsonl", target, "best")
+    """Every row minus every row above it with the same start and loss, paired by seed."""
     rows = []
-    for (*kind, attack), ours in found.items():
-        for (*their_kind, rival), theirs in found.items():
-            seeds = sorted(ours.keys() & theirs.keys())
-            if kind != their_kind or "PGD" not in rival or "learned" not in attack or not seeds:
-                continue
-            won, lost = (sum(len({*b[seed]["broken"]} - {*a[seed]["broken"]}) for seed in seeds)
-                         for a, b in ((ours, theirs), (theirs, ours)))
-            gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
-                     for seed in seeds]
-            interval = p = "–"
-            if len(gains) > 1:
-                test = ttest_1samp(gains, 0)
-                low, high = test.confidence_interval(0.95)
-                interval = f"{low:+.1f} to {high:+.1f}"
-                p = f"{test.pvalue:.2g}"
-            rows.append([*kind, attack, rival, f"{mean(gains):+.1f}", interval, p,
-                         f"{won}, {lost}", len(seeds)])
+    for (rival, theirs), (row, ours) in combinations(group("runs.jsonl", target, "best").items(), 2):
+        seeds = sorted(ours.keys() & theirs.keys())
+        if rival[:2] != row[:2] or not seeds:
+            continue
+        won, lost = (sum(len({*b[seed]["broken"]} - {*a[seed]["broken"]}) for seed in seeds)
+                     for a, b in ((ours, theirs), (theirs, ours)))
+        gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
+                 for seed in seeds]
+        interval = p = "–"
+        if len(gains) > 1:
+            test = ttest_1samp(gains, 0)
+            low, high = test.confidence_interval(0.95)
+            interval = f"{low:+.1f} to {high:+.1f}"
+            p = f"{test.pvalue:.2g}"
+        rows.append([*row, rival[2], f"{mean(gains):+.1f}", interval, p, f"{won}, {lost}",
+                     len(seeds)])
     head = ["start", "loss", "attack in training", "minus", "points", "95 % interval", "p",
             "images won, lost", "seeds"]
     return markdown(head, rows) + f"\nComparisons: {len(rows)}.\n"
