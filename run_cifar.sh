@@ -38,8 +38,8 @@ if [[ $("$python" -c 'import torch; print(torch.cuda.is_available())') == False 
 fi
 
 mkdir -p "$OUT" && true >"$OUT/.failed" || exit 2
-echo "Methods: ${#methods[@]}. Folder: $OUT. On two cores the default takes about 20 minutes," \
-    "and --synthetic two. Nobody has timed it with CUDA yet."
+echo "Methods: ${#methods[@]}. Folder: $OUT. On two cores the default takes 20 to 40 minutes," \
+    "--synthetic one to three. Nobody has timed it with CUDA."
 train_one() { # by method $1, with the flags that follow; its name begins each line
     "$python" "$here/l2l_adv.py" train "${@:2}" --method "$1" --out "$OUT/$1" --resume 2>&1 |
         while IFS= read -r line; do printf '%-12s%s\n' "$1" "$line"; done ||
@@ -48,11 +48,11 @@ train_one() { # by method $1, with the flags that follow; its name begins each l
 export -f train_one
 # With these, glibc keeps freed memory: some CPUs are up to 1.6 times faster.
 export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824 python here OUT
+export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
 train_one "${methods[0]}" "$@" # alone: it downloads the data and notices mistakes in the flags
 ! grep -q "status 2" "$OUT/.failed" || exit 2
 for ((i = ${#methods[@]} - 1; i > 0; i--)); do echo "${methods[i]}"; done | # the longest first
-    OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2)) \
-        xargs -P "$jobs" -I{} "$BASH" -o pipefail -c 'train_one "$@"' _ {} "$@"
+    xargs -P "$jobs" -I{} "$BASH" -o pipefail -c 'train_one "$@"' _ {} "$@"
 runs=()
 for m in "${methods[@]}"; do grep -q "^$m failed" "$OUT/.failed" || runs+=("$OUT/$m"); done
 [[ ${#runs[@]} == 0 ]] || "$python" "$here/l2l_adv.py" eval "${runs[@]}" $eval_flags
