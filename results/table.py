@@ -3,6 +3,7 @@
 With --write, the tables are put between the markers of the pages, <!-- table NAME --> and
 <!-- end -->. With --check, the exit status is 1 if a page differs from the raw rows. Accuracies
 are in %: mean ± standard deviation over the seeds. The raw rows are in results/, or in $NUMBERS.
+With --figure, the README's picture is drawn (needs matplotlib).
 """
 import json
 import os
@@ -114,8 +115,30 @@ def fill(match):
     return f"<!-- table {match[1]} -->\n\n{KINDS[kind](target)}\n<!-- end -->"
 
 
-if sys.argv[1:] not in (["--check"], ["--write"]):
-    sys.exit("table.py: say --check or --write")
+def draw(path):
+    """A dot for each MNIST training near x with cross-entropy: its accuracy under PGD-10, and
+    under the judge. A line for their means."""
+    from matplotlib.figure import Figure
+    rows = {row[2]: runs for row, runs in group("runs.jsonl", "mnist", "best").items()
+            if row[:2] == ("near x", "cross-entropy")}
+    figure = Figure(figsize=(9, 0.8 + 0.4 * len(rows)), layout="constrained")
+    ax = figure.subplots()
+    for name, color, label in (("pgd-10", "C7", "under PGD-10"), ("judge", "C0", "judge")):
+        for i, runs in enumerate(rows.values()):
+            scores = [100 * line["accuracy"][name] for line in runs.values()]
+            ax.plot(scores, [i] * len(scores), "o", color=color, alpha=0.6, label=label)
+            ax.plot(mean(scores), i, "|", color=color, markersize=22, markeredgewidth=2)
+            label = None
+    ax.set(xlabel="robust accuracy (%)", ylabel="attack in training", ylim=(len(rows) - 0.5, -0.5))
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.legend()
+    figure.savefig(path, dpi=100)
+
+
+if sys.argv[1:] not in (["--check"], ["--write"], ["--figure"]):
+    sys.exit("table.py: say --check, --write or --figure")
+if "--figure" in sys.argv:
+    sys.exit(draw(HERE / "verdict.png"))
 status = 0
 for page in (HERE.parent / "README.md", HERE / "README.md"):
     old = page.read_text()
