@@ -1150,7 +1150,7 @@ def train_on(x, y):
     (lambda: train_optimizer(NET, [], eps=0.1), "no batch"), (lambda: Trades(beta=0), "beta must"),
     (lambda: evaluate(NET, X, Y, {}, eps=0), "eps must"),
     (lambda: learned_step(clip=-1), "clip must"), (lambda: learned_step(clip=math.nan), "clip"),
-    (lambda: learned_step(phi_share=16), "phi_share must"), (lambda: learned_step(phi_share=0), "0"),
+    (lambda: learned_step(phi_share=16), "phi_share"), (lambda: learned_step(phi_share=0), "0"),
     (lambda: evaluate(NET, X, Y, {}, batch_size=0), "batch_size must"),
     (lambda: train_on(X.byte(), Y), "five or more"), (lambda: train_on(MANY / 1, Y9), "uint8"),
     (lambda: train_on(MANY[0], Y9), "uint8"), (lambda: train_on(MANY, Y), "as many labels"),
