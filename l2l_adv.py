@@ -344,7 +344,7 @@ def train(settings, model=None, data=None):
     else:
         settings.model = OWN
     model.to(device)
-    i = data.y_train.argmax()  # does the model have enough classes? Try it on one of the highest
+    i = data.y_train.argmax()  # an image of the highest class: does the model know so many?
     evaluate(model, data.x_train[i, None].to(device) / 255, data.y_train[i, None].to(device), {})
     objective_class, maximizer = METHODS[settings.method]
     objective = Trades(settings.beta) if objective_class is Trades else AdvTrain()

@@ -80,6 +80,11 @@ def judge(model, optimizer, x, y, eps, autoattack):
     return {name: round(value, 4) for name, value in accuracy.items()}, alive
 
 
+def name_of(folder):
+    """The name of a run in its lines, such as mnist/uniform/advtrain-s0."""
+    return "/".join(Path(folder).absolute().parts[-3:])
+
+
 def read(path):
     return [json.loads(line) for line in open(path)] if Path(path).exists() else []
 
@@ -91,7 +96,7 @@ def append(path, rows):
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("run", help="folder made by l2l_adv.py train, such as runs/mnist/uniform/plain")
+parser.add_argument("run", help="folder made by l2l_adv.py train")
 parser.add_argument("--twin", help="the learned run whose φ attacks a run that has none")
 parser.add_argument("--limit", type=int, default=1000, help="test images; default 1000")
 parser.add_argument("--autoattack", action="store_true", help="the standard AutoAttack, too")
@@ -99,7 +104,7 @@ parser.add_argument("--numbers", type=Path, default=HERE, help="folder of runs.j
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 _, _, settings = load_run(args.run)
-run = "/".join(Path(args.run).absolute().parts[-3:])  # the key of its lines
+run = name_of(args.run)
 log = read(f"{args.run}/log.jsonl")
 if len(log) < settings.epochs:
     sys.exit(f"judge.py: {args.run} is not finished: train it further with --resume")
@@ -127,7 +132,7 @@ for checkpoint, epoch in epochs.items():
                             capture_output=True).stdout.strip()
     append(args.numbers / "runs.jsonl", [{
         "run": run, "checkpoint": checkpoint, "epoch": epoch,
-        "twin": twin and "/".join(Path(twin).absolute().parts[-3:]), "commit": commit,
+        "twin": twin and name_of(twin), "commit": commit,
         "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "test_images": len(x), "accuracy": accuracy, "settings": {**vars(settings), "out": None},

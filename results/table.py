@@ -128,7 +128,7 @@ def draw(path):
             scores = [100 * line["accuracy"][name] for line in runs.values()]
             ax.plot(scores, [i] * len(scores), "o", color=color, alpha=0.6, label=label)
             ax.plot(mean(scores), i, "|", color=color, markersize=22, markeredgewidth=2)
-            label = None
+            label = None  # the legend names each color once
     ax.set(xlabel="robust accuracy (%)", ylabel="attack in training", ylim=(len(rows) - 0.5, -0.5))
     ax.set_yticks(range(len(rows)), list(rows))
     ax.legend()
@@ -138,7 +138,8 @@ def draw(path):
 if sys.argv[1:] not in (["--check"], ["--write"], ["--figure"]):
     sys.exit("table.py: say --check, --write or --figure")
 if "--figure" in sys.argv:
-    sys.exit(draw(HERE / "verdict.png"))
+    draw(HERE / "verdict.png")
+    sys.exit()
 status = 0
 for page in (HERE.parent / "README.md", HERE / "README.md"):
     old = page.read_text()
