@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train and judge the runs behind results/README.md. The same command again goes on from there.
 #
-#     bash results/reproduce.sh mnist [SEED…]           or mnist-long, cifar10: hours on two cores
-#     timeout 540 bash results/reproduce.sh gpu         with CUDA; repeat it until it is done
+#     bash results/reproduce.sh mnist [SEED…]       or mnist-long, cifar10, cifar10-quick: hours
+#     timeout 540 bash results/reproduce.sh gpu     with CUDA; repeat it until it is done
 # Environment: MNIST_DIR, CIFAR10_DIR; RUNS, folder of the runs (runs); NUMBERS, folder of
 # runs.jsonl and logs.jsonl (results, where what is judged already is not judged again); ROWS, such
 # as "gaussian/rnn-adv gaussian/advtrain"; to rehearse, EXTRA flags of train, and TEST_LIMIT.
@@ -15,16 +15,17 @@ paper="gaussian/rnn-adv gaussian/advtrain gaussian/rnn-trades gaussian/trades"
 case ${1-} in
     mnist) flags="--dataset mnist --limit 16000" seeds="0 1 2 3 4"
         rows="$paper gaussian/rnn-adv-rnn gaussian/advtrain-third gaussian/advtrain-decay
-            ${paper//gaussian/uniform} uniform/advtrain-third uniform/advtrain-decay
-            uniform/trades-decay uniform/advtrain-search" ;;
+            gaussian/trades-decay ${paper//gaussian/uniform} uniform/advtrain-third
+            uniform/advtrain-decay uniform/trades-decay uniform/advtrain-search" ;;
     mnist-long) flags="--dataset mnist"
         rows="gaussian/rnn-adv gaussian/advtrain uniform/advtrain-decay" ;;
     cifar10) flags="--dataset cifar10 --model small --epochs 5"
         rows="$paper gaussian/advtrain-decay" ;;
+    cifar10-quick) flags="--dataset cifar10 --model small --epochs 2 --steps 4" rows=$paper ;;
     gpu) flags="--dataset cifar10" seeds=0 jobs=1
         rows="gaussian/rnn-adv gaussian/advtrain gaussian/advtrain-decay gaussian/rnn-trades
             gaussian/trades" ;;
-    *) echo "reproduce.sh: say mnist, mnist-long, cifar10 or gpu" >&2; exit 2 ;;
+    *) echo "reproduce.sh: say mnist, mnist-long, cifar10, cifar10-quick or gpu" >&2; exit 2 ;;
 esac
 rows=${ROWS:-$rows}
 export target=$1 FLAGS="$flags ${EXTRA-}" RUNS=${RUNS:-runs}/$1 NUMBERS=${NUMBERS:-results}

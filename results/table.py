@@ -24,6 +24,7 @@ ATTACKS = {  # the attack in training of each row of reproduce.sh, in the order 
     "advtrain-decay": "PGD, decaying step", "trades-decay": "PGD, decaying step",
     "advtrain-search": "PGD, line search", "rnn-adv-rnn": "learned, RNN",
     "rnn-adv": "learned, LSTM", "rnn-trades": "learned, LSTM"}
+LENGTHS = (1, 2, 3, 5, 10)  # numbers of gradients
 
 
 def group(file, target, checkpoint=""):
@@ -94,13 +95,15 @@ def breaks(target):
 
 
 def maximizer(_):
-    """The inner loss at the end of attacks of several lengths."""
-    lengths = (1, 2, 3, 5, 10)
-    return markdown(["run", "attack", *lengths, "best of 100"], [
-        [run["run"], attack, *(f"{loss[n - 1]:.3f} ± {run['error'][attack][n - 1]:.3f}"
-                               for n in lengths), f"{run['best of 100']:.3f}"]
-        for run in json.loads((NUMBERS / "analyse.json").read_text())
-        for attack, loss in run["loss"].items()])
+    """The inner loss at the end of attacks of several lengths, in % of the best of 100 steps."""
+    rows = []
+    for run in json.loads((NUMBERS / "analyse.json").read_text()):
+        unit = run["best of 100"] / 100
+        for attack, loss in run["loss"].items():
+            shares = [f"{loss[n - 1] / unit:.1f} ± {run['error'][attack][n - 1] / unit:.1f}"
+                      for n in LENGTHS]
+            rows.append([run["run"], attack, *shares, f"{run['best of 100']:.3f}"])
+    return markdown(["run", "attack", *LENGTHS, "best of 100"], rows)
 
 
 KINDS = {"full": full, "last": partial(full, checkpoint="last"), "pairs": pairs, "breaks": breaks,
@@ -116,11 +119,12 @@ def fill(match):
 
 
 def draw(path):
-    """A dot for each MNIST training near x with cross-entropy: its accuracy under PGD-10, and
-    under the judge. A line for their means."""
+    """A dot for each MNIST training near x: its accuracy under PGD-10, and under the judge. A line
+    for their means."""
     from matplotlib.figure import Figure
-    rows = {row[2]: runs for row, runs in group("runs.jsonl", "mnist", "best").items()
-            if row[:2] == ("near x", "cross-entropy")}
+    rows = {f"{loss}: {attack}": runs
+            for (start, loss, attack), runs in group("runs.jsonl", "mnist", "best").items()
+            if start == "near x"}
     figure = Figure(figsize=(9, 0.8 + 0.4 * len(rows)), layout="constrained")
     ax = figure.subplots()
     for name, color, label in (("pgd-10", "C7", "under PGD-10"), ("judge", "C0", "judge")):
