@@ -24,7 +24,7 @@ ATTACKS = {  # the attack in training of each row of reproduce.sh, in the order 
     "advtrain-decay": "PGD, decaying step", "trades-decay": "PGD, decaying step",
     "advtrain-search": "PGD, line search", "rnn-adv-rnn": "learned, RNN",
     "rnn-adv": "learned, LSTM", "rnn-trades": "learned, LSTM"}
-LENGTHS = (1, 2, 3, 5, 10)  # numbers of gradients
+LENGTHS = (1, 2, 5, 10)  # numbers of gradients
 
 
 def group(file, target, checkpoint=""):
@@ -62,24 +62,21 @@ def full(target, checkpoint="best"):
 
 
 def pairs(target):
-    """Every row minus every row above it with the same start and loss, paired by seed."""
+    """Every row minus every row above it with the same start and loss, paired by two or more
+    seeds."""
     rows = []
     for (rival, theirs), (row, ours) in combinations(group("runs.jsonl", target, "best").items(), 2):
         seeds = sorted(ours.keys() & theirs.keys())
-        if rival[:2] != row[:2] or not seeds:
+        if rival[:2] != row[:2] or len(seeds) < 2:
             continue
         won, lost = (sum(len({*b[seed]["broken"]} - {*a[seed]["broken"]}) for seed in seeds)
                      for a, b in ((ours, theirs), (theirs, ours)))
         gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
                  for seed in seeds]
-        interval = p = "–"
-        if len(gains) > 1:
-            test = ttest_1samp(gains, 0)
-            low, high = test.confidence_interval(0.95)
-            interval = f"{low:+.1f} to {high:+.1f}"
-            p = f"{test.pvalue:.2g}"
-        rows.append([*row, rival[2], f"{mean(gains):+.1f}", interval, p, f"{won}, {lost}",
-                     len(seeds)])
+        test = ttest_1samp(gains, 0)
+        low, high = test.confidence_interval(0.95)
+        rows.append([*row, rival[2], f"{mean(gains):+.1f}", f"{low:+.1f} to {high:+.1f}",
+                     f"{test.pvalue:.2g}", f"{won}, {lost}", len(seeds)])
     head = ["start", "loss", "attack in training", "minus", "points", "95 % interval", "p",
             "images won, lost", "seeds"]
     return markdown(head, rows) + f"\nComparisons: {len(rows)}.\n"
@@ -102,7 +99,8 @@ def maximizer(_):
         for attack, loss in run["loss"].items():
             shares = [f"{loss[n - 1] / unit:.1f} ± {run['error'][attack][n - 1] / unit:.1f}"
                       for n in LENGTHS]
-            rows.append([run["run"], attack, *shares, f"{run['best of 100']:.3f}"])
+            rows.append([run["run"].replace("/gaussian/", " "), attack, *shares,
+                         f"{run['best of 100']:.3f}"])
     return markdown(["run", "attack", *LENGTHS, "best of 100"], rows)
 
 
