@@ -18,29 +18,31 @@ from scipy.stats import ttest_1samp
 
 HERE = Path(__file__).resolve().parent
 NUMBERS = Path(os.environ.get("NUMBERS", HERE))
-STARTS = {"gaussian": "near x", "uniform": "uniform"}
-ATTACKS = {  # the attack in training of each row of reproduce.sh, in the order of the tables
-    "advtrain": "PGD, eps/4", "trades": "PGD, eps/4", "advtrain-third": "PGD, eps/3",
-    "advtrain-decay": "PGD, decaying step", "trades-decay": "PGD, decaying step",
-    "advtrain-search": "PGD, line search", "rnn-adv-rnn": "learned, RNN",
-    "rnn-adv": "learned, LSTM", "rnn-trades": "learned, LSTM"}
+METHODS = {  # the rows of reproduce.sh, in the order of the tables
+    "advtrain": "AdvTrain, eps/4", "advtrain-third": "AdvTrain, eps/3",
+    "advtrain-decay": "AdvTrain, decaying step", "advtrain-search": "AdvTrain, line search",
+    "rnn-adv-rnn": "RNN-Adv, RNN cell", "rnn-adv": "RNN-Adv", "trades": "TRADES, eps/4",
+    "trades-decay": "TRADES, decaying step", "rnn-trades": "RNN-TRADES"}
 LENGTHS = (1, 2, 5, 10)  # numbers of gradients
 
 
 def group(file, target, checkpoint=""):
-    """Return {(start, loss, attack): {seed: line}} of a file, in the order of the tables."""
+    """Return {(start, row): {seed: line}} of a file, in the order of the tables."""
     found = {}
     for line in map(json.loads, open(NUMBERS / file)):
         where, start, name = line["run"].split("/")  # mnist/gaussian/advtrain-decay-s0
         if where == target and checkpoint in line.get("checkpoint", ""):
             row, _, seed = name.rpartition("-s")
-            loss = "TRADES" if "trades" in row else "cross-entropy"
-            found.setdefault((STARTS[start], loss, ATTACKS[row]), {})[seed] = line
+            found.setdefault((start, row), {})[seed] = line
     if len({line.get("test_images") for runs in found.values() for line in runs.values()}) > 1:
         sys.exit(f"table.py: the runs of {target} were judged on different numbers of images")
-    order = list(ATTACKS.values())
-    return {row: found[row] for row in sorted(
-        found, key=lambda row: (row[0], row[1].lower(), order.index(row[2])))}
+    order = list(METHODS)
+    return {key: found[key] for key in sorted(found, key=lambda key: (key[0], order.index(key[1])))}
+
+
+def label(start, row):
+    """The name of a row in tables and picture."""
+    return METHODS[row] + (", uniform start" if start == "uniform" else "")
 
 
 def markdown(head, rows):
@@ -53,21 +55,23 @@ def spread(values):
 
 
 def full(target, checkpoint="best"):
-    """A row for each start, loss and attack in training, with the accuracies."""
+    """A row for each method, with its accuracies."""
     names = ["natural", "pgd-10", "pgd-100", "judge"] + ["autoattack"] * (target == "gpu")
-    return markdown(["start", "loss", "attack in training", *names, "seeds"], [
-        [*row, *(spread([100 * line["accuracy"][name] for line in runs.values()])
-                 for name in names), len(runs)]
-        for row, runs in group("runs.jsonl", target, checkpoint).items()])
+    return markdown(["training", *names, "seeds"], [
+        [label(*key), *(spread([100 * line["accuracy"][name] for line in runs.values()])
+                        for name in names), len(runs)]
+        for key, runs in group("runs.jsonl", target, checkpoint).items()])
 
 
 def pairs(target):
     """Every row minus every row above it with the same start and loss, paired by two or more
     seeds."""
     rows = []
-    for (rival, theirs), (row, ours) in combinations(group("runs.jsonl", target, "best").items(), 2):
+    groups = group("runs.jsonl", target, "best")
+    for (rival, theirs), (key, ours) in combinations(groups.items(), 2):
         seeds = sorted(ours.keys() & theirs.keys())
-        if rival[:2] != row[:2] or len(seeds) < 2:
+        same_loss = ("trades" in rival[1]) == ("trades" in key[1])
+        if rival[0] != key[0] or not same_loss or len(seeds) < 2:
             continue
         won, lost = (sum(len({*b[seed]["broken"]} - {*a[seed]["broken"]}) for seed in seeds)
                      for a, b in ((ours, theirs), (theirs, ours)))
@@ -75,10 +79,10 @@ def pairs(target):
                  for seed in seeds]
         test = ttest_1samp(gains, 0)
         low, high = test.confidence_interval(0.95)
-        rows.append([*row, rival[2], f"{mean(gains):+.1f}", f"{low:+.1f} to {high:+.1f}",
-                     f"{test.pvalue:.2g}", f"{won}, {lost}", len(seeds)])
-    head = ["start", "loss", "attack in training", "minus", "points", "95 % interval", "p",
-            "images won, lost", "seeds"]
+        rows.append([label(*key), label(*rival), f"{mean(gains):+.1f}",
+                     f"{low:+.1f} to {high:+.1f}", f"{test.pvalue:.2g}", f"{won}, {lost}",
+                     ", ".join(f"{gain:+.1f}" for gain in gains)])
+    head = ["training", "minus", "points", "95 % interval", "p", "images won, lost", "each seed"]
     return markdown(head, rows) + f"\nComparisons: {len(rows)}.\n"
 
 
@@ -120,18 +124,17 @@ def draw(path):
     """A dot for each MNIST training near x: its accuracy under PGD-10, and under the judge. A line
     for their means."""
     from matplotlib.figure import Figure
-    rows = {f"{loss}: {attack}": runs
-            for (start, loss, attack), runs in group("runs.jsonl", "mnist", "best").items()
-            if start == "near x"}
+    rows = {label(*key): runs for key, runs in group("runs.jsonl", "mnist", "best").items()
+            if key[0] == "gaussian"}
     figure = Figure(figsize=(9, 0.8 + 0.4 * len(rows)), layout="constrained")
     ax = figure.subplots()
-    for name, color, label in (("pgd-10", "C7", "under PGD-10"), ("judge", "C0", "judge")):
+    for name, color, legend in (("pgd-10", "C7", "under PGD-10"), ("judge", "C0", "judge")):
         for i, runs in enumerate(rows.values()):
             scores = [100 * line["accuracy"][name] for line in runs.values()]
-            ax.plot(scores, [i] * len(scores), "o", color=color, alpha=0.6, label=label)
+            ax.plot(scores, [i] * len(scores), "o", color=color, alpha=0.6, label=legend)
             ax.plot(mean(scores), i, "|", color=color, markersize=22, markeredgewidth=2)
-            label = None  # the legend names each color once
-    ax.set(xlabel="robust accuracy (%)", ylabel="attack in training", ylim=(len(rows) - 0.5, -0.5))
+            legend = None  # so that a color is named once
+    ax.set(xlabel="robust accuracy (%)", ylim=(len(rows) - 0.5, -0.5))
     ax.set_yticks(range(len(rows)), list(rows))
     ax.legend()
     figure.savefig(path, dpi=100)
