@@ -21,7 +21,7 @@ NUMBERS = Path(os.environ.get("NUMBERS", HERE))
 METHODS = {  # the rows of reproduce.sh, in the order of the tables
     "advtrain": "AdvTrain, eps/4", "advtrain-third": "AdvTrain, eps/3",
     "advtrain-decay": "AdvTrain, decaying step", "advtrain-search": "AdvTrain, line search",
-    "rnn-adv-rnn": "RNN-Adv, RNN cell", "rnn-adv": "RNN-Adv", "trades": "TRADES, eps/4",
+    "rnn-adv": "RNN-Adv", "rnn-adv-rnn": "RNN-Adv, RNN cell", "trades": "TRADES, eps/4",
     "trades-decay": "TRADES, decaying step", "rnn-trades": "RNN-TRADES"}
 LENGTHS = (1, 2, 5, 10)  # numbers of gradients
 
@@ -64,14 +64,14 @@ def full(target, checkpoint="best"):
 
 
 def pairs(target):
-    """Every row minus every row above it with the same start and loss, paired by two or more
+    """Every row minus every row above it with the same start and loss, paired by three or more
     seeds."""
     rows = []
     groups = group("runs.jsonl", target, "best")
     for (rival, theirs), (key, ours) in combinations(groups.items(), 2):
         seeds = sorted(ours.keys() & theirs.keys())
         same_loss = ("trades" in rival[1]) == ("trades" in key[1])
-        if rival[0] != key[0] or not same_loss or len(seeds) < 2:
+        if rival[0] != key[0] or not same_loss or len(seeds) < 3:
             continue
         won, lost = (sum(len({*b[seed]["broken"]} - {*a[seed]["broken"]}) for seed in seeds)
                      for a, b in ((ours, theirs), (theirs, ours)))
