@@ -68,10 +68,10 @@ def pairs(target):
     seeds."""
     rows = []
     groups = group("runs.jsonl", target, "best")
-    for (rival, theirs), (key, ours) in combinations(groups.items(), 2):
+    for ((their_start, rival), theirs), ((start, row), ours) in combinations(groups.items(), 2):
         seeds = sorted(ours.keys() & theirs.keys())
-        same_loss = ("trades" in rival[1]) == ("trades" in key[1])
-        if rival[0] != key[0] or not same_loss or len(seeds) < 3:
+        same_loss = ("trades" in rival) == ("trades" in row)
+        if their_start != start or not same_loss or len(seeds) < 3:
             continue
         won, lost = (sum(len({*b[seed]["broken"]} - {*a[seed]["broken"]}) for seed in seeds)
                      for a, b in ((ours, theirs), (theirs, ours)))
@@ -79,7 +79,7 @@ def pairs(target):
                  for seed in seeds]
         test = ttest_1samp(gains, 0)
         low, high = test.confidence_interval(0.95)
-        rows.append([label(*key), label(*rival), f"{mean(gains):+.1f}",
+        rows.append([label(start, row), label(start, rival), f"{mean(gains):+.1f}",
                      f"{low:+.1f} to {high:+.1f}", f"{test.pvalue:.2g}", f"{won}, {lost}",
                      ", ".join(f"{gain:+.1f}" for gain in gains)])
     head = ["training", "minus", "points", "95 % interval", "p", "images won, lost", "each seed"]
@@ -121,8 +121,8 @@ def fill(match):
 
 
 def draw(path):
-    """A dot for each MNIST training near x: its accuracy under PGD-10, and under the judge. A line
-    for their means."""
+    """Draw a dot for each MNIST training near x, under PGD-10 and under the judge, and a line for
+    their means."""
     from matplotlib.figure import Figure
     rows = {label(*key): runs for key, runs in group("runs.jsonl", "mnist", "best").items()
             if key[0] == "gaussian"}
