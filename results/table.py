@@ -9,7 +9,6 @@ import json
 import os
 import re
 import sys
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -26,12 +25,13 @@ METHODS = {  # the rows of reproduce.sh, in the order of the tables
 LENGTHS = (1, 2, 5, 10)  # numbers of gradients
 
 
-def group(file, target, checkpoint=""):
-    """Return {(start, row): {seed: line}} of a file, in the order of the tables."""
+def group(file, target):
+    """Return {(start, row): {seed: line}} of a file, in the order of the tables. Where the best
+    and the last checkpoint differ, take the best."""
     found = {}
     for line in map(json.loads, open(NUMBERS / file)):
         where, start, name = line["run"].split("/")  # mnist/gaussian/advtrain-decay-s0
-        if where == target and checkpoint in line.get("checkpoint", ""):
+        if where == target and line.get("checkpoint") != "last":
             row, _, seed = name.rpartition("-s")
             found.setdefault((start, row), {})[seed] = line
     if len({line.get("test_images") for runs in found.values() for line in runs.values()}) > 1:
@@ -54,24 +54,25 @@ def spread(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def full(target, checkpoint="best"):
+def full(target):
     """A row for each method, with its accuracies."""
     names = ["natural", "pgd-10", "pgd-100", "judge"] + ["autoattack"] * (target == "gpu")
     return markdown(["training", *names, "seeds"], [
         [label(*key), *(spread([100 * line["accuracy"][name] for line in runs.values()])
                         for name in names), len(runs)]
-        for key, runs in group("runs.jsonl", target, checkpoint).items()])
+        for key, runs in group("runs.jsonl", target).items()])
 
 
 def pairs(target):
-    """Every row minus every row above it with the same start and loss, paired by three or more
-    seeds."""
+    """Every row minus every row above it with the same loss and either the same start or the same
+    method, paired by three or more seeds."""
     rows = []
-    groups = group("runs.jsonl", target, "best")
+    groups = group("runs.jsonl", target)
     for ((their_start, rival), theirs), ((start, row), ours) in combinations(groups.items(), 2):
         seeds = sorted(ours.keys() & theirs.keys())
         same_loss = ("trades" in rival) == ("trades" in row)
-        if their_start != start or not same_loss or len(seeds) < 3:
+        related = start == their_start or row == rival
+        if not same_loss or not related or len(seeds) < 3:
             continue
         won, lost = (sum(len({*b[seed]["broken"]} - {*a[seed]["broken"]}) for seed in seeds)
                      for a, b in ((ours, theirs), (theirs, ours)))
@@ -108,8 +109,7 @@ def maximizer(_):
     return markdown(["run", "attack", *LENGTHS, "best of 100"], rows)
 
 
-KINDS = {"full": full, "last": partial(full, checkpoint="last"), "pairs": pairs, "breaks": breaks,
-         "maximizer": maximizer}
+KINDS = {"full": full, "pairs": pairs, "breaks": breaks, "maximizer": maximizer}
 
 
 def fill(match):
@@ -124,7 +124,7 @@ def draw(path):
     """Draw a dot for each MNIST training near x, under PGD-10 and under the judge, and a line for
     their means."""
     from matplotlib.figure import Figure
-    rows = {label(*key): runs for key, runs in group("runs.jsonl", "mnist", "best").items()
+    rows = {label(*key): runs for key, runs in group("runs.jsonl", "mnist").items()
             if key[0] == "gaussian"}
     figure = Figure(figsize=(9, 0.8 + 0.4 * len(rows)), layout="constrained")
     ax = figure.subplots()
