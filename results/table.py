@@ -80,10 +80,11 @@ def pairs(target):
                  for seed in seeds]
         test = ttest_1samp(gains, 0)
         low, high = test.confidence_interval(0.95)
-        rows.append([label(start, row), label(start, rival), f"{mean(gains):+.1f}",
+        rows.append([label(start, row), label(their_start, rival), f"{mean(gains):+.1f}",
                      f"{low:+.1f} to {high:+.1f}", f"{test.pvalue:.2g}", f"{won}, {lost}",
                      ", ".join(f"{gain:+.1f}" for gain in gains)])
     head = ["training", "minus", "points", "95 % interval", "p", "images won, lost", "each seed"]
+    rows.sort(key=lambda row: "uniform" in row[0])  # those near x come first
     return markdown(head, rows) + f"\nComparisons: {len(rows)}.\n"
 
 
@@ -121,11 +122,10 @@ def fill(match):
 
 
 def draw(path):
-    """Draw a dot for each MNIST training near x, under PGD-10 and under the judge, and a line for
-    their means."""
+    """Draw a dot for each MNIST training, under PGD-10 and under the judge, and a line for their
+    means."""
     from matplotlib.figure import Figure
-    rows = {label(*key): runs for key, runs in group("runs.jsonl", "mnist").items()
-            if key[0] == "gaussian"}
+    rows = {label(*key): runs for key, runs in group("runs.jsonl", "mnist").items()}
     figure = Figure(figsize=(9, 0.8 + 0.4 * len(rows)), layout="constrained")
     ax = figure.subplots()
     for name, color, legend in (("pgd-10", "C7", "under PGD-10"), ("judge", "C0", "judge")):
