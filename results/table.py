@@ -22,7 +22,7 @@ METHODS = {  # the rows of reproduce.sh, in the order of the tables
     "advtrain-decay": "AdvTrain, decaying step", "advtrain-search": "AdvTrain, line search",
     "rnn-adv": "RNN-Adv", "rnn-adv-rnn": "RNN-Adv, RNN cell", "trades": "TRADES, eps/4",
     "trades-decay": "TRADES, decaying step", "rnn-trades": "RNN-TRADES"}
-LENGTHS = (1, 2, 5, 10)  # numbers of gradients
+LENGTHS = (2, 5, 10)  # numbers of gradients
 
 
 def group(file, target):
@@ -63,9 +63,18 @@ def full(target):
         for key, runs in group("runs.jsonl", target).items()])
 
 
+def breaks(target):
+    """The trainings whose last PGD-10 accuracy on held-out images is far below their row's."""
+    broken = []
+    for runs in group("logs.jsonl", target).values():
+        ends = {line["run"]: line["accuracy"]["pgd-10"] for line in runs.values()}
+        broken += [run for run, end in ends.items() if end < median(ends.values()) - 0.1]
+    return f"Trainings that broke: {', '.join(broken) or 'none'}."
+
+
 def pairs(target):
     """Every row minus every row above it with the same loss and either the same start or the same
-    method, paired by three or more seeds."""
+    method, paired by three or more seeds, and the trainings that broke."""
     rows = []
     groups = group("runs.jsonl", target)
     for ((their_start, rival), theirs), ((start, row), ours) in combinations(groups.items(), 2):
@@ -74,27 +83,16 @@ def pairs(target):
         related = start == their_start or row == rival
         if not same_loss or not related or len(seeds) < 3:
             continue
-        won, lost = (sum(len({*b[seed]["broken"]} - {*a[seed]["broken"]}) for seed in seeds)
-                     for a, b in ((ours, theirs), (theirs, ours)))
         gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
                  for seed in seeds]
         test = ttest_1samp(gains, 0)
         low, high = test.confidence_interval(0.95)
         rows.append([label(start, row), label(their_start, rival), f"{mean(gains):+.1f}",
-                     f"{low:+.1f} to {high:+.1f}", f"{test.pvalue:.2g}", f"{won}, {lost}",
+                     f"{low:+.1f} to {high:+.1f}", f"{test.pvalue:.2g}",
                      ", ".join(f"{gain:+.1f}" for gain in gains)])
-    head = ["training", "minus", "points", "95 % interval", "p", "images won, lost", "each seed"]
+    head = ["training", "minus", "points", "95 % interval", "p", "each seed"]
     rows.sort(key=lambda row: "uniform" in row[0])  # those near x come first
-    return markdown(head, rows) + f"\nComparisons: {len(rows)}.\n"
-
-
-def breaks(target):
-    """The trainings whose last PGD-10 accuracy on held-out images is far below their row's."""
-    broken = []
-    for runs in group("logs.jsonl", target).values():
-        ends = {line["run"]: line["accuracy"]["pgd-10"] for line in runs.values()}
-        broken += [run for run, end in ends.items() if end < median(ends.values()) - 0.1]
-    return f"Trainings that broke: {', '.join(broken) or 'none'}.\n"
+    return f"{markdown(head, rows)}\nComparisons: {len(rows)}. {breaks(target)}\n"
 
 
 def maximizer(_):
@@ -102,15 +100,17 @@ def maximizer(_):
     rows = []
     for run in json.loads((NUMBERS / "analyse.json").read_text()):
         unit = run["best of 100"] / 100
+        name = run["run"].replace("/gaussian/", " ")
+        best = f"{run['best of 100']:.3f}"
         for attack, loss in run["loss"].items():
             shares = [f"{loss[n - 1] / unit:.1f} ± {run['error'][attack][n - 1] / unit:.1f}"
                       for n in LENGTHS]
-            rows.append([run["run"].replace("/gaussian/", " "), attack, *shares,
-                         f"{run['best of 100']:.3f}"])
+            rows.append([name, attack, *shares, best])
+            name = best = ""  # so that they are shown once
     return markdown(["run", "attack", *LENGTHS, "best of 100"], rows)
 
 
-KINDS = {"full": full, "pairs": pairs, "breaks": breaks, "maximizer": maximizer}
+KINDS = {"full": full, "pairs": pairs, "maximizer": maximizer}
 
 
 def fill(match):
@@ -118,7 +118,7 @@ def fill(match):
     target, _, kind = match[1].rpartition(" ")
     if kind not in KINDS:
         sys.exit(f"table.py: there is no table {match[1]}, but a {', '.join(KINDS)} of a target")
-    return f"<!-- table {match[1]} -->\n\n{KINDS[kind](target)}\n<!-- end -->"
+    return f"<!-- table {match[1]} -->\n{KINDS[kind](target)}\n<!-- end -->"
 
 
 def draw(path):
