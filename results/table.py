@@ -42,7 +42,7 @@ def group(file, target):
 
 def label(start, row):
     """The name of a row in tables and picture."""
-    return METHODS[row] + (", uniform start" if start == "uniform" else "")
+    return METHODS[row] + (", uniform" if start == "uniform" else "")
 
 
 def markdown(head, rows):
@@ -73,15 +73,14 @@ def breaks(target):
 
 
 def pairs(target):
-    """Every row minus every row above it with the same loss and either the same start or the same
-    method, paired by three or more seeds, and the trainings that broke."""
+    """Every learned row minus the rows above it with the same loss and start, and every row with a
+    uniform start minus the same from near x, paired by three or more seeds."""
     rows = []
     groups = group("runs.jsonl", target)
     for ((their_start, rival), theirs), ((start, row), ours) in combinations(groups.items(), 2):
         seeds = sorted(ours.keys() & theirs.keys())
-        same_loss = ("trades" in rival) == ("trades" in row)
-        related = start == their_start or row == rival
-        if not same_loss or not related or len(seeds) < 3:
+        learned = "rnn" in row and start == their_start and ("trades" in rival) == ("trades" in row)
+        if not (learned or row == rival) or len(seeds) < 3:
             continue
         gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
                  for seed in seeds]
