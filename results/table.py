@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from itertools import combinations
+from itertools import product
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -73,14 +73,13 @@ def breaks(target):
 
 
 def pairs(target):
-    """Every learned row minus the rows above it with the same loss and start, and every row with a
-    uniform start minus the same from near x, paired by three or more seeds."""
+    """Every learned row minus every row of PGD with the same loss, paired by three or more seeds."""
     rows = []
     groups = group("runs.jsonl", target)
-    for ((their_start, rival), theirs), ((start, row), ours) in combinations(groups.items(), 2):
+    for ((start, row), ours), ((their_start, rival), theirs) in product(groups.items(), repeat=2):
         seeds = sorted(ours.keys() & theirs.keys())
-        learned = "rnn" in row and start == their_start and ("trades" in rival) == ("trades" in row)
-        if not (learned or row == rival) or len(seeds) < 3:
+        same_loss = ("trades" in row) == ("trades" in rival)
+        if "rnn" not in row or "rnn" in rival or not same_loss or len(seeds) < 3:
             continue
         gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
                  for seed in seeds]
@@ -90,7 +89,6 @@ def pairs(target):
                      f"{low:+.1f} to {high:+.1f}", f"{test.pvalue:.2g}",
                      ", ".join(f"{gain:+.1f}" for gain in gains)])
     head = ["training", "minus", "points", "95 % interval", "p", "each seed"]
-    rows.sort(key=lambda row: "uniform" in row[0])  # those near x come first
     return f"{markdown(head, rows)}\nComparisons: {len(rows)}. {breaks(target)}\n"
 
 
