@@ -51,8 +51,8 @@ for _ in range(args.rounds + 1):
             torch.cuda.reset_peak_memory_stats()
         times[method].append(time.perf_counter() - start)
 name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-print(f"{args.model}, batch {len(x)}, {args.cell}, {name}, {torch.get_num_threads()} threads, torch "
-      f"{torch.__version__}, median of {args.rounds} rounds")
+print(f"{args.model}, batch {len(x)}, {args.cell}, {name}, {torch.get_num_threads()} threads, "
+      f"torch {torch.__version__}, median of {args.rounds} rounds")
 print(f"{'':12}{'ms/image':>10}{'/ advtrain':>12}{'peak MB':>10}")
 medians = {method: statistics.median(each[1:]) for method, each in times.items()}
 for method, seconds in medians.items():

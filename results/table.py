@@ -73,7 +73,7 @@ def breaks(target):
 
 
 def pairs(target):
-    """Every learned row minus every row of PGD with the same loss, paired by three or more seeds."""
+    """Every learned row minus every PGD row with the same loss, paired by three or more seeds."""
     rows = []
     groups = group("runs.jsonl", target)
     for ((start, row), ours), ((their_start, rival), theirs) in product(groups.items(), repeat=2):
