@@ -119,7 +119,7 @@ def draw(path, results):
         axes[3].axhline(result["best of 100"], color="k", linestyle=":", label="best of 100 steps")
         axes[3].set(xlabel="gradients of the attack", ylabel="inner loss at its end")
         for ax in axes:
-            ax.legend(fontsize="small")
+            ax.legend(fontsize="small", loc="lower right" if ax is axes[0] else "best")
     figure.savefig(path, dpi=100)
 
 
