@@ -14,9 +14,10 @@ seeds="0 1 2" jobs=2
 paper="gaussian/rnn-adv gaussian/advtrain gaussian/rnn-trades gaussian/trades"
 case ${1-} in
     mnist) flags="--dataset mnist --limit 16000" seeds="0 1 2 3 4"
-        rows="$paper gaussian/rnn-adv-rnn gaussian/advtrain-third gaussian/advtrain-decay
-            gaussian/trades-decay ${paper//gaussian/uniform} uniform/advtrain-third
-            uniform/advtrain-decay uniform/trades-decay uniform/advtrain-search" ;;
+        rows="$paper gaussian/rnn-adv-rnn gaussian/advtrain-third gaussian/advtrain-half
+            gaussian/advtrain-decay gaussian/trades-decay ${paper//gaussian/uniform}
+            uniform/rnn-adv-rnn uniform/advtrain-third uniform/advtrain-decay
+            uniform/trades-decay uniform/advtrain-search" ;;
     mnist-long) flags="--dataset mnist"
         rows="gaussian/rnn-adv gaussian/advtrain uniform/advtrain-decay" ;;
     cifar10) flags="--dataset cifar10 --model small --epochs 5"
@@ -38,6 +39,7 @@ train_row() { # $1, such as uniform/advtrain-decay, with seed $2
     case $1 in
         *-rnn) more="--cell rnn" ;;
         *-third) more="--step-size 0.1" ;; # eps/3
+        *-half) more="--step-size 0.15" ;; # eps/2
         *-decay) more=--decay ;;
         *-search) more=--line-search ;;
     esac

@@ -19,7 +19,8 @@ HERE = Path(__file__).resolve().parent
 NUMBERS = Path(os.environ.get("NUMBERS", HERE))
 METHODS = {  # the rows of reproduce.sh, in the order of the tables
     "advtrain": "AdvTrain, eps/4", "advtrain-third": "AdvTrain, eps/3",
-    "advtrain-decay": "AdvTrain, decaying step", "advtrain-search": "AdvTrain, line search",
+    "advtrain-half": "AdvTrain, eps/2", "advtrain-decay": "AdvTrain, decaying step",
+    "advtrain-search": "AdvTrain, line search",
     "rnn-adv": "RNN-Adv", "rnn-adv-rnn": "RNN-Adv, RNN cell", "trades": "TRADES, eps/4",
     "trades-decay": "TRADES, decaying step", "rnn-trades": "RNN-TRADES"}
 LENGTHS = (2, 5, 10)  # numbers of gradients
