@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -55,13 +56,13 @@ def spread(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def full(target):
+def full(target, starts=("gaussian", "uniform")):
     """A row for each method, with its accuracies."""
     names = ["natural", "pgd-10", "pgd-100", "judge"] + ["autoattack"] * (target == "gpu")
     return markdown(["training", *names, "seeds"], [
         [label(*key), *(spread([100 * line["accuracy"][name] for line in runs.values()])
                         for name in names), len(runs)]
-        for key, runs in group("runs.jsonl", target).items()])
+        for key, runs in group("runs.jsonl", target).items() if key[0] in starts])
 
 
 def breaks(target):
@@ -108,7 +109,8 @@ def maximizer(_):
     return markdown(["run", "attack", *LENGTHS, "best of 100"], rows)
 
 
-KINDS = {"full": full, "pairs": pairs, "maximizer": maximizer}
+KINDS = {"full": full, "near-x": partial(full, starts=["gaussian"]), "pairs": pairs,
+         "maximizer": maximizer}
 
 
 def fill(match):
