@@ -75,13 +75,14 @@ def breaks(target):
 
 
 def pairs(target):
-    """Every learned row minus every PGD row with the same loss, paired by three or more seeds."""
+    """Every learned row minus every PGD row with its loss and start, paired by three or more
+    seeds."""
     rows = []
     groups = group("runs.jsonl", target)
     for ((start, row), ours), ((their_start, rival), theirs) in product(groups.items(), repeat=2):
         seeds = sorted(ours.keys() & theirs.keys())
-        same_loss = ("trades" in row) == ("trades" in rival)
-        if "rnn" not in row or "rnn" in rival or not same_loss or len(seeds) < 3:
+        alike = start == their_start and ("trades" in row) == ("trades" in rival)
+        if "rnn" not in row or "rnn" in rival or not alike or len(seeds) < 3:
             continue
         gains = [100 * (ours[seed]["accuracy"]["judge"] - theirs[seed]["accuracy"]["judge"])
                  for seed in seeds]
