@@ -11,21 +11,18 @@ python3 -c 'import torchattacks' 2>/dev/null ||
     { echo "first: python3 -m pip install --no-deps torchattacks scipy" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 seeds="0 1 2" jobs=2
-paper="gaussian/rnn-adv gaussian/advtrain gaussian/rnn-trades gaussian/trades"
+rows="gaussian/rnn-adv gaussian/advtrain gaussian/advtrain-decay gaussian/rnn-trades
+    gaussian/trades"
 case ${1-} in
     mnist) flags="--dataset mnist --limit 16000" seeds="0 1 2 3 4"
-        rows="$paper gaussian/rnn-adv-rnn gaussian/advtrain-third gaussian/advtrain-half
-            gaussian/advtrain-decay gaussian/trades-decay ${paper//gaussian/uniform}
-            uniform/rnn-adv-rnn uniform/advtrain-third uniform/advtrain-decay
-            uniform/trades-decay uniform/advtrain-search" ;;
+        rows="$rows gaussian/rnn-adv-rnn gaussian/advtrain-third gaussian/advtrain-half
+            gaussian/trades-decay ${rows//gaussian/uniform} uniform/rnn-adv-rnn
+            uniform/advtrain-third uniform/trades-decay uniform/advtrain-search" ;;
     mnist-long) flags="--dataset mnist"
         rows="gaussian/rnn-adv gaussian/advtrain uniform/advtrain-decay" ;;
-    cifar10) flags="--dataset cifar10 --model small --epochs 5"
-        rows="$paper gaussian/advtrain-decay" ;;
-    cifar10-quick) flags="--dataset cifar10 --model small --epochs 2 --steps 4" rows=$paper ;;
-    gpu) flags="--dataset cifar10" seeds=0 jobs=1
-        rows="gaussian/rnn-adv gaussian/advtrain gaussian/advtrain-decay gaussian/rnn-trades
-            gaussian/trades" ;;
+    cifar10) flags="--dataset cifar10 --model small --epochs 5" ;;
+    cifar10-quick) flags="--dataset cifar10 --model small --epochs 2 --steps 4" ;;
+    gpu) flags="--dataset cifar10" seeds=0 jobs=1 ;;
     *) echo "reproduce.sh: say mnist, mnist-long, cifar10, cifar10-quick or gpu" >&2; exit 2 ;;
 esac
 rows=${ROWS:-$rows}
