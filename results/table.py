@@ -56,13 +56,14 @@ def spread(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def full(target, starts=("gaussian", "uniform")):
-    """A row for each method, with its accuracies."""
+def full(target, starts=("gaussian", "uniform"), least=1):
+    """A row for each method with that many seeds at least, and its accuracies."""
     names = ["natural", "pgd-10", "pgd-100", "judge"] + ["autoattack"] * (target == "gpu")
     return markdown(["training", *names, "seeds"], [
         [label(*key), *(spread([100 * line["accuracy"][name] for line in runs.values()])
                         for name in names), len(runs)]
-        for key, runs in group("runs.jsonl", target).items() if key[0] in starts])
+        for key, runs in group("runs.jsonl", target).items()
+        if key[0] in starts and len(runs) >= least])
 
 
 def breaks(target):
@@ -110,7 +111,7 @@ def maximizer(_):
     return markdown(["run", "attack", *LENGTHS, "best of 100"], rows)
 
 
-KINDS = {"full": full, "near-x": partial(full, starts=["gaussian"]), "pairs": pairs,
+KINDS = {"full": full, "near-x": partial(full, starts=["gaussian"], least=3), "pairs": pairs,
          "maximizer": maximizer}
 
 
