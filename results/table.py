@@ -72,13 +72,12 @@ def breaks(target):
     for runs in group("logs.jsonl", target).values():
         ends = {line["run"]: line["accuracy"]["pgd-10"] for line in runs.values()}
         broken += [run for run, end in ends.items() if end < median(ends.values()) - 0.1]
-    return f"Trainings that broke: {', '.join(broken) or 'none'}."
+    return broken
 
 
-def pairs(target):
+def minus(target):
     """Every learned row minus every PGD row with its loss and start, paired by three or more
     seeds."""
-    rows = []
     groups = group("runs.jsonl", target)
     for ((start, row), ours), ((their_start, rival), theirs) in product(groups.items(), repeat=2):
         seeds = sorted(ours.keys() & theirs.keys())
@@ -89,11 +88,18 @@ def pairs(target):
                  for seed in seeds]
         test = ttest_1samp(gains, 0)
         low, high = test.confidence_interval(0.95)
-        rows.append([label(start, row), label(their_start, rival), f"{mean(gains):+.1f}",
-                     f"{low:+.1f} to {high:+.1f}", f"{test.pvalue:.2g}",
-                     ", ".join(f"{gain:+.1f}" for gain in gains)])
-    head = ["training", "minus", "points", "95 % interval", "p", "each seed"]
-    return f"{markdown(head, rows)}\nComparisons: {len(rows)}. {breaks(target)}\n"
+        yield [target, label(start, row), label(their_start, rival), f"{mean(gains):+.1f}",
+               f"{low:+.1f} to {high:+.1f}", f"{test.pvalue:.2g}",
+               ", ".join(f"{gain:+.1f}" for gain in gains)]
+
+
+def pairs(targets):
+    """The differences and the broken trainings of several targets, such as "mnist cifar10"."""
+    rows = [row for target in targets.split() for row in minus(target)]
+    broken = [run for target in targets.split() for run in breaks(target)]
+    head = ["runs", "training", "minus", "points", "95 % interval", "p", "each seed"]
+    return (f"{markdown(head, rows)}\nComparisons: {len(rows)}. "
+            f"Trainings that broke: {', '.join(broken) or 'none'}.\n")
 
 
 def maximizer(_):
@@ -116,7 +122,7 @@ KINDS = {"full": full, "near-x": partial(full, starts=["gaussian"], least=3), "p
 
 
 def fill(match):
-    """The new content of a pair of markers, such as <!-- table mnist pairs -->."""
+    """The new content of a pair of markers, such as <!-- table mnist full -->."""
     target, _, kind = match[1].rpartition(" ")
     if kind not in KINDS:
         sys.exit(f"table.py: there is no table {match[1]}, but a {', '.join(KINDS)} of a target")
@@ -124,10 +130,11 @@ def fill(match):
 
 
 def draw(path):
-    """Draw a dot for each MNIST training, under PGD-10 and under the judge, and a line for their
-    means."""
+    """Draw a dot for each MNIST training of the rows with three seeds or more, under PGD-10 and
+    under the judge, and a line for their means."""
     from matplotlib.figure import Figure
-    rows = {label(*key): runs for key, runs in group("runs.jsonl", "mnist").items()}
+    rows = {label(*key): runs for key, runs in group("runs.jsonl", "mnist").items()
+            if len(runs) >= 3}
     figure = Figure(figsize=(9, 0.8 + 0.4 * len(rows)), layout="constrained")
     ax = figure.subplots()
     for name, color, legend in (("pgd-10", "C7", "under PGD-10"), ("judge", "C0", "judge")):
