@@ -56,14 +56,20 @@ def spread(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def full(target, starts=("gaussian", "uniform"), least=1):
-    """A row for each method with that many seeds at least, and its accuracies."""
-    names = ["natural", "pgd-10", "pgd-100", "judge"] + ["autoattack"] * (target == "gpu")
-    return markdown(["training", *names, "seeds"], [
-        [label(*key), *(spread([100 * line["accuracy"][name] for line in runs.values()])
-                        for name in names), len(runs)]
-        for key, runs in group("runs.jsonl", target).items()
-        if key[0] in starts and len(runs) >= least])
+def full(targets, starts=("gaussian", "uniform"), least=1):
+    """A row for each method with that many seeds at least, and its accuracies. Rows of a second
+    target, as in "mnist mnist-long", say so."""
+    first, *_ = targets.split()
+    names = ["natural", "pgd-10", "pgd-100", "judge"] + ["autoattack"] * (first == "gpu")
+    rows = []
+    for target in targets.split():
+        for key, runs in group("runs.jsonl", target).items():
+            if key[0] in starts and len(runs) >= least:
+                training = label(*key) if target == first else f"{label(*key)}, {target}"
+                scores = [[100 * line["accuracy"][name] for line in runs.values()]
+                          for name in names]
+                rows.append([training, *map(spread, scores), len(runs)])
+    return markdown(["training", *names, "seeds"], rows)
 
 
 def breaks(target):
